@@ -1,0 +1,247 @@
+"""Pretraining of a Stable Diffusion in miniature: tokenizer, text encoder, VAE and UNet, saved as a diffusers folder.
+
+Latent diffusion as in Rombach et al., CVPR 2022 (arXiv 2112.10752); min-SNR loss weights of Hang et al., ICCV 2023 (arXiv 2303.09556).
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ctrl.dct import block_dct
+
+MAX_TOKENS = 16
+
+
+def build_tokenizer(prompts: list[str], folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose vocabulary is all bytes and the words of `prompts`, one token a word; its files go to `folder`."""
+    alphabet = sorted(ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    for word in sorted({word for prompt in prompts for word in prompt.replace("-", " - ").split()}):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            if (pair := (symbols[0], symbols[1])) not in merges:
+                merges.append(pair)
+            symbols[:2] = ["".join(pair)]
+    tokens = dict.fromkeys([*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)])
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_text_encoder(vocab_size: int, eos_token_id: int, config: dict) -> CLIPTextModel:
+    """A small CLIP text encoder; `config` holds width, layers and heads."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=config["width"],
+            intermediate_size=4 * config["width"],
+            num_hidden_layers=config["layers"],
+            num_attention_heads=config["heads"],
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=config["width"],
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+            bos_token_id=eos_token_id - 1,
+        )
+    )
+
+
+def build_vae(config: dict, image_size: int) -> AutoencoderKL:
+    """AutoencoderKL with one halving between consecutive `channels`.
+
+    The last convolution starts with equal rows for R, G and B: on grey images their gradients are equal too, so grey stays grey.
+    """
+    n = len(config["channels"])
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=tuple(config["channels"]),
+        layers_per_block=1,
+        latent_channels=config["latent_channels"],
+        norm_num_groups=16,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.copy_(vae.decoder.conv_out.weight[:1].expand_as(vae.decoder.conv_out.weight))
+        vae.decoder.conv_out.bias.zero_()
+    return vae
+
+
+def build_unet(config: dict, text_width: int, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
+    """UNet with text cross-attention everywhere but at full resolution; the time embedding scales and shifts (AdaGN)."""
+    n = len(config["channels"])
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=tuple(config["channels"]),
+        layers_per_block=config["layers_per_block"],
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (n - 1),
+        up_block_types=("CrossAttnUpBlock2D",) * (n - 1) + ("UpBlock2D",),
+        cross_attention_dim=text_width,
+        attention_head_dim=config["heads"],
+        norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def vae_loss(images: Tensor, decoded: Tensor, kl: Tensor, config: dict) -> Tensor:
+    """L1 on pixels, on their finite differences and on log-magnitudes of block DCTs (texture), and the latents' KL; a scalar."""
+    pixel = F.l1_loss(decoded, images)
+    gradient = F.l1_loss(decoded.diff(dim=2), images.diff(dim=2)) + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
+    log_dct = [torch.log2(1 + block_dct(x).abs()) for x in (decoded, images)]
+    texture = F.l1_loss(log_dct[0], log_dct[1])
+    return pixel + config["gradient_weight"] * gradient + config["texture_weight"] * texture + config["kl_weight"] * kl.mean()
+
+
+def cosine(step: int, num_steps: int, warmup: int = 100) -> float:
+    """Learning-rate factor: linear warm-up, then cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+class Checkpoint:
+    """All that a loop needs to go on where it stopped, in one safetensors file written atomically."""
+
+    def __init__(self, path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, generator: torch.Generator):
+        self.path, self.modules, self.optimizer, self.generator = path, modules, optimizer, generator
+
+    def save(self, step: int) -> None:
+        state = {f"{name}/{k}": v.contiguous() for name, m in self.modules.items() for k, v in m.state_dict().items()}
+        for i, s in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{i}/{k}": v for k, v in s.items()}
+        state |= {"generator": self.generator.get_state(), "step": torch.tensor(step)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+    def load(self) -> int:
+        """Restores the last saved state, if there is one; returns the number of steps that are done."""
+        if not self.path.exists():
+            return 0
+        state = load_file(self.path)
+        for name, module in self.modules.items():
+            module.load_state_dict({k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")})
+        optimizer: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer/"):
+                _, i, name = key.split("/")
+                optimizer.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
+        self.generator.set_state(state["generator"])
+        return int(state["step"])
+
+
+def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: dict, after_step=lambda: None, log=None, label="") -> None:
+    """AdamW with warm-up, cosine decay and clipping; resumes from `checkpoint` and saves it every `checkpoint_every` steps."""
+    optimizer, num_steps = checkpoint.optimizer, config["num_steps"]
+    done, started, losses = checkpoint.load(), time.monotonic(), []
+    for step in tqdm(range(done, num_steps), initial=done, total=num_steps, desc=label, mininterval=5):
+        for group in optimizer.param_groups:
+            group["lr"] = config["learning_rate"] * cosine(step, num_steps)
+        loss = loss_at(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate ({config['learning_rate']})")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        after_step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0 or step + 1 == num_steps:
+            if log:
+                log({"stage": label, "step": step + 1, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - started})
+            losses = []
+        if (step + 1) % config["checkpoint_every"] == 0 or step + 1 == num_steps:
+            checkpoint.save(step + 1)
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, seed: int, log=None) -> None:
+    """Trains `vae` in place on `images`, uint8 with shape (N, 3, H, W), and sets its `scaling_factor` to 1 / std of the latents."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
+
+    def loss_at(step: int) -> Tensor:
+        batch = images[torch.randint(len(images), (config["batch_size"],), generator=generator)].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+            posterior = vae.encode(batch).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean(dim=(1, 2, 3))
+        return vae_loss(batch, decoded.float(), kl, config)
+
+    run_loop(loss_at, Checkpoint(folder / "vae.safetensors", {"vae": vae}, optimizer, generator), config, log=log, label="vae")
+    mean, std = encode_images(vae, images[:4096])
+    vae.register_to_config(scaling_factor=float(1 / (mean.square() + std.square()).mean().sqrt()))
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of uint8 `images`, each with shape (N, C, h, w), before scaling."""
+    means, stds = [], []
+    for batch in images.split(batch_size):
+        posterior = vae.encode(batch.float() / 127.5 - 1).latent_dist
+        means.append(posterior.mean)
+        stds.append(posterior.std)
+    return torch.cat(means), torch.cat(stds)
+
+
+def train_unet(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: tuple[Tensor, Tensor], tokens: Tensor, scheduler: DDIMScheduler,
+    config: dict, folder: Path, seed: int, log=None,
+) -> None:  # fmt: skip
+    """Trains `unet` and `text_encoder` in place to predict the noise, and leaves their exponential moving average in them.
+
+    `latents` are mean and std with shape (N, C, h, w), scaled; `tokens` the token ids of every prompt of every image with shape
+    (N, P, L) where row P-1 is the empty prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    average = torch.optim.swa_utils.AveragedModel(both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema_decay"]))
+    optimizer = torch.optim.AdamW(both.parameters(), lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.01)
+    abar = scheduler.alphas_cumprod
+    snr = abar / (1 - abar)
+    mean, std = latents
+    size, num_prompts = config["batch_size"], tokens.shape[1] - 1
+
+    def loss_at(step: int) -> Tensor:
+        i = torch.randint(len(mean), (size,), generator=generator)
+        which = torch.randint(num_prompts, (size,), generator=generator)
+        which[torch.rand(size, generator=generator) < config["prompt_dropout"]] = num_prompts
+        prompts, inverse = tokens[i, which].unique(dim=0, return_inverse=True)
+        text = text_encoder(prompts)[0][inverse]
+        t = torch.randint(len(abar), (size,), generator=generator)
+        x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = abar[t].view(-1, 1, 1, 1)
+        eps = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text).sample
+        weight = (config["min_snr_gamma"] / snr[t]).clamp(max=1)
+        return (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()
+
+    checkpoint = Checkpoint(folder / "unet.safetensors", {"both": both, "average": average}, optimizer, generator)
+    run_loop(loss_at, checkpoint, config, lambda: average.update_parameters(both), log, "unet")
+    both.load_state_dict(average.module.state_dict())
+
+
+def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:
+    """Writes an ordinary Stable Diffusion folder in half precision."""
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.to(dtype=torch.float16).save_pretrained(folder)

@@ -1,0 +1,59 @@
+"""Pretrain a Stable Diffusion in miniature on Fashion-MNIST: tokenizer, text encoder, VAE, UNet, as a diffusers folder."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import DDIMScheduler
+
+from ctrl import pretrain
+from ctrl.data import GARMENTS, read_idx
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("config/pretrain.yaml"), help="every constant, with its meaning")
+    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the .gz files")
+    parser.add_argument("--split", choices=["train", "t10k"], default="train")
+    parser.add_argument("--output", type=Path, required=True, help="the diffusers folder to write")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="folder for what a restart needs")
+    parser.add_argument("--num-threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.num_threads)
+    config = yaml.safe_load(args.config.read_text())
+    torch.manual_seed(config["seed"])
+
+    images, labels = read_idx(args.images, args.split, config["image_size"])
+    prompts = [[template.format(name) for template in config["prompts"]] + [""] for name in GARMENTS]
+    tokenizer = pretrain.build_tokenizer([p for row in prompts for p in row], args.output / "tokenizer")
+    text_encoder = pretrain.build_text_encoder(len(tokenizer), tokenizer.eos_token_id, config["text_encoder"])
+    vae = pretrain.build_vae(config["vae"], config["image_size"])
+    latent_size = config["image_size"] // 2 ** (len(config["vae"]["channels"]) - 1)
+    unet = pretrain.build_unet(config["unet"], config["text_encoder"]["width"], config["vae"]["latent_channels"], latent_size)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        timestep_spacing=config["scheduler"]["timestep_spacing"],
+    )  # fmt: skip
+
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    history = args.checkpoints / "history.jsonl"
+
+    def log(row: dict) -> None:
+        with history.open("a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    pretrain.train_vae(vae, images, config["vae"], args.checkpoints, config["seed"], log)
+    scale = vae.config.scaling_factor
+    latents = tuple(scale * x for x in pretrain.encode_images(vae, images))
+    tokens = [tokenizer(row, padding="max_length", truncation=True, return_tensors="pt").input_ids for row in prompts]
+    pretrain.train_unet(
+        unet, text_encoder, latents, torch.stack(tokens)[labels], scheduler, config["unet"], args.checkpoints, config["seed"], log
+    )
+    pretrain.save_pipeline(args.output, vae, text_encoder, tokenizer, unet, scheduler)
+    (args.output / "history.jsonl").write_text(history.read_text())
+
+
+if __name__ == "__main__":
+    main()
