@@ -1,14 +1,33 @@
 """Labelled images on disk: IDX files, image folders with metadata, splits that never leak, and the checks on all of them."""
 
 import gzip
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from ctrl import oracles
+from ctrl.errors import UserError
+from ctrl.io import atomic_folder, read_parquet
+
 GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+SPLITS = ("train", "val", "calibration")
+TABLES = ("metadata.csv", "metadata.parquet", "samples.parquet")  # of an image folder, the first that exists
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+class Refused(Exception):
+    """An image that cannot be used; the message is the reason in the report."""
 
 
 def read_idx(folder: Path, split: str, image_size: int = 32) -> tuple[Tensor, Tensor]:
@@ -19,7 +38,9 @@ def read_idx(folder: Path, split: str, image_size: int = 32) -> tuple[Tensor, Te
     paths = [Path(folder) / f"{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: install the Debian package dataset-fashion-mnist, or name its folder with --images")
+            raise FileNotFoundError(
+                f"{path} is missing: install the Debian package dataset-fashion-mnist, or name its folder with --images"
+            )
     with gzip.open(paths[0]) as f:
         pixels = np.frombuffer(f.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(paths[1]) as f:
@@ -27,3 +48,214 @@ def read_idx(folder: Path, split: str, image_size: int = 32) -> tuple[Tensor, Te
     pad = (image_size - 28) // 2
     images = F.pad(torch.from_numpy(pixels.copy()), [pad, image_size - 28 - pad] * 2)
     return images[:, None].expand(-1, 3, -1, -1), torch.from_numpy(labels.astype(np.int64))
+
+
+def image_digest(image: Image.Image) -> bytes:
+    """SHA-256 of the pixels: whatever follows from it is the same for two files of the same picture."""
+    return hashlib.sha256(image.tobytes()).digest()
+
+
+def choose_split(digest: bytes, shares: dict[str, float]) -> str:
+    """The split of an image, drawn with probabilities `shares` (by the names in SPLITS) by the first 8 bytes of its digest."""
+    u, total = int.from_bytes(digest[:8], "big") / 2**64, 0.0
+    for name in SPLITS[:-1]:
+        total += shares[name]
+        if u < total:
+            return name
+    return SPLITS[-1]
+
+
+def choose(digest: bytes, options: Sequence[str]) -> str:
+    """One of `options`, drawn by the last 8 bytes of an image's digest, and so independent of its split."""
+    return options[int.from_bytes(digest[-8:], "big") % len(options)]
+
+
+def unpack(idx_folder: Path, split: str, templates: Sequence[str], image_size: int, output: Path) -> pd.DataFrame:
+    """Writes the images of an IDX file as an image folder: PNGs and metadata.csv with file_name, prompt, subject; returns that table.
+
+    The prompt is the garment's name in one of `templates`. UserError where the IDX files are missing or corrupt.
+    """
+    try:
+        images, labels = read_idx(idx_folder, split, image_size)
+    except FileNotFoundError as error:
+        raise UserError(error) from error
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"the IDX files in {idx_folder} are corrupt ({error}): restore them") from error
+    rows = []
+    with atomic_folder(output) as folder:
+        for number, (pixels, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist(), strict=True)):
+            image, subject = Image.fromarray(np.ascontiguousarray(pixels)), GARMENTS[label]
+            prompt = choose(image_digest(image), templates).format(subject)
+            rows.append({"file_name": f"{number:05d}.png", "prompt": prompt, "subject": subject})
+            image.save(folder / rows[-1]["file_name"], compress_level=1)
+        table = pd.DataFrame(rows)
+        table.to_csv(folder / "metadata.csv", index=False)
+    return table
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """The table of an image folder in Hugging Face's convention (or of generated samples): file_name and prompt, both text.
+
+    A column `text` serves as `prompt` where there is none. UserError where the folder, its table or a column is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}: name a folder of images with a {TABLES[0]}")
+    path = next((folder / name for name in TABLES if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f"{folder} has no table of prompts: add a {TABLES[0]} with the columns file_name and prompt")
+    try:
+        table = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable CSV: {error}") from error
+    if "prompt" not in table and "text" in table:
+        table = table.rename(columns={"text": "prompt"})
+    for column in ("file_name", "prompt"):
+        if column not in table:
+            raise UserError(f"{path} has no column {column} (it has {', '.join(map(str, table.columns)) or 'none'}): add it")
+    return table.fillna({"prompt": "", "file_name": ""}).astype({"file_name": str, "prompt": str})
+
+
+def read_image(path: Path, image_size: int | None = None) -> Image.Image:
+    """A decoded RGB image; Refused, with the reason, where it is missing, empty, unreadable or not `image_size` pixels square."""
+    if not path.is_file():
+        raise Refused("missing file")
+    if path.stat().st_size == 0:
+        raise Refused("empty")
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # decoders raise whatever a broken file makes them raise
+        raise Refused(f"unreadable: {type(error).__name__}") from error
+    if image_size is not None and image.size != (image_size, image_size):
+        raise Refused(f"wrong size: {image.width}x{image.height}, not {image_size}x{image_size}")
+    return image
+
+
+def load_images(paths: Iterable[Path | str]) -> Tensor:
+    """Images of one size as uint8 with shape (N, 3, H, W); UserError naming the file where one cannot be read."""
+    arrays: list[np.ndarray] = []
+    for path in paths:
+        try:
+            arrays.append(np.asarray(read_image(Path(path))))
+        except Refused as error:
+            raise UserError(f"{path}: {error}") from error
+        if arrays[-1].shape != arrays[0].shape:
+            raise UserError(f"{path} has {arrays[-1].shape[:2]} pixels, the images before it {arrays[0].shape[:2]}: one size is needed")
+    if not arrays:
+        raise UserError("no images to load: the table is empty")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def examine(folder: Path, table: pd.DataFrame, image_size: int, oracle: Callable[[Image.Image], float]) -> tuple[pd.DataFrame, list[dict]]:
+    """Decodes and scores every image of `table`: the rows kept, with columns `digest` and `score`, and {file_name, reason} of the refused.
+
+    Of equal images (pixel by pixel) the first one stays. Files without a row in the table are refused too.
+    """
+
+    def one(file_name: str) -> tuple[bytes, float] | str:
+        try:
+            image = read_image(folder / file_name, image_size)
+            return image_digest(image), oracle(image)
+        except Refused as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(one, table["file_name"]))
+    refused, first, kept, columns = [], {}, [], {"digest": [], "score": []}
+    for row, (name, prompt, result) in enumerate(zip(table["file_name"], table["prompt"], results, strict=True)):
+        if isinstance(result, tuple) and not prompt.strip():
+            result = "no prompt"
+        elif isinstance(result, tuple) and result[0] in first:
+            result = f"duplicate of {first[result[0]]}"
+        if isinstance(result, str):
+            refused.append({"file_name": name, "reason": result})
+            continue
+        first[result[0]] = name
+        kept.append(row)
+        columns["digest"].append(result[0])
+        columns["score"].append(result[1])
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    listed = {os.path.normpath(name) for name in table["file_name"]}
+    refused += [{"file_name": name, "reason": "not in the table"} for name in files if name not in listed]
+    return table.iloc[kept].assign(**columns).reset_index(drop=True), refused
+
+
+def bin_edges(scores: np.ndarray, edges: Sequence[float] | str, num_classes: int) -> list[float]:
+    """Given `edges`, checked; or, for `quantiles`, those that cut `scores` with shape (N,) into `num_classes` equal shares.
+
+    Quantiles lie halfway between two scores that occur (sizes are whole bytes), so that no score lies on an edge.
+    """
+    if edges != "quantiles":
+        return oracles.check_edges(edges).tolist()
+    values = np.unique(scores)
+    above = np.searchsorted(values, np.quantile(scores, np.arange(1, num_classes) / num_classes)).clip(1, max(len(values) - 1, 1))
+    found = (values[above - 1] + values[above.clip(max=len(values) - 1)]) / 2
+    if (np.diff(found) <= 0).any() or len(values) < num_classes:
+        raise UserError(f"label.edges: quantiles of the scores coincide ({', '.join(f'{e:.4g}' for e in found)}); lower label.num_classes")
+    return found.tolist()
+
+
+def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) -> tuple[pd.DataFrame, dict]:
+    """The offline dataset of an image folder: a table and its report.
+
+    `label` holds oracle, edges, num_classes and descending; `shares` the share of each of SPLITS. Quantile edges are those of the
+    training split. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
+    score_{oracle}, label. UserError where no image remains, or a label or a split has none.
+    """
+    folder, name = Path(folder), label["oracle"]
+    rows, refused = examine(folder, read_table(folder), image_size, oracles.get_oracle(name))
+    if rows.empty:
+        examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
+        raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
+    split = np.array([choose_split(digest, shares) for digest in rows["digest"]])
+    score = rows["score"].to_numpy(dtype=np.float64)
+    for s in SPLITS:
+        if not (split == s).any():
+            raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise dataset.splits.{s}")
+    edges = bin_edges(score[split == "train"], label["edges"], label["num_classes"])
+    y = oracles.score_to_label(score, edges, label["descending"])
+    names = oracles.label_names(edges, label["descending"], oracles.UNITS[name])
+    counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in SPLITS}
+    for k, n in enumerate(counts["train"]):
+        if n == 0:
+            span = f"the scores span {score.min():.4g} to {score.max():.4g}"
+            raise UserError(f"label {k} ({names[k]}) has no image in the training split; {span}: move label.edges")
+    table = pd.DataFrame(
+        {"file_name": rows["file_name"], "path": [relative(folder / f) for f in rows["file_name"]], "prompt": rows["prompt"]}
+    )
+    if "subject" in rows:
+        table["subject"] = rows["subject"]
+    table = table.assign(split=split, **{f"score_{name}": score}, label=y)
+    report = {
+        "num_images": len(table), "oracle": name, "unit": oracles.UNITS[name], "image_size": image_size, "num_classes": len(names),
+        "descending": label["descending"], "edges": edges, "label_names": names, "counts": counts, "refused": refused,
+    }  # fmt: skip
+    return table, report
+
+
+def relative(path: Path) -> str:
+    """`path` from the working directory where it lies inside it, else absolute."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def histogram(table: pd.DataFrame, report: dict) -> Figure:
+    """The scores of all images, coloured by label, with the edges and how many images each label has."""
+    score = table[f"score_{report['oracle']}"].to_numpy()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = max(np.ptp(score) / 80, 1e-9)
+    ends = [score.min(), *report["edges"], score.max() + width]
+    bins = np.concatenate([np.arange(low, high, width) for low, high in pairwise(ends)] + [ends[-1:]])
+    colours = [f"C{k % 10}" for k in range(report["num_classes"])]
+    parts = [score[table["label"] == k] for k in range(report["num_classes"])]
+    names = [f"{k}: {name} (n = {len(part)})" for k, (name, part) in enumerate(zip(report["label_names"], parts, strict=True))]
+    axes.hist(parts, bins=bins, stacked=True, color=colours, label=names)
+    for edge in report["edges"]:
+        axes.axvline(edge, color="black", linestyle="--", linewidth=1)
+        axes.annotate(f"{edge:.4g}", (edge, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+    axes.set_xlabel(f"{report['oracle'].replace('_', ' ')} / {report['unit']}".removesuffix(" / "))
+    axes.set_ylabel("images")
+    axes.legend(title="label")
+    return figure

@@ -102,12 +102,15 @@ def build_unet(config: dict, text_width: int, latent_channels: int, latent_size:
 
 
 def vae_loss(images: Tensor, decoded: Tensor, kl: Tensor, config: dict) -> Tensor:
-    """L1 on pixels, on their finite differences and on log-magnitudes of block DCTs (texture), and the latents' KL; a scalar."""
+    """L1 on pixels, on their finite differences, on log-magnitudes of block DCTs (texture) and on their means over an image's blocks
+    (texture statistics: they keep the energy that an L1 loss smooths away), and the latents' KL; a scalar."""
     pixel = F.l1_loss(decoded, images)
     gradient = F.l1_loss(decoded.diff(dim=2), images.diff(dim=2)) + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
     log_dct = [torch.log2(1 + block_dct(x).abs()) for x in (decoded, images)]
     texture = F.l1_loss(log_dct[0], log_dct[1])
-    return pixel + config["gradient_weight"] * gradient + config["texture_weight"] * texture + config["kl_weight"] * kl.mean()
+    statistics = F.l1_loss(log_dct[0].mean(dim=1), log_dct[1].mean(dim=1))
+    texture = config["texture_weight"] * texture + config["statistics_weight"] * statistics
+    return pixel + config["gradient_weight"] * gradient + texture + config["kl_weight"] * kl.mean()
 
 
 def cosine(step: int, num_steps: int, warmup: int = 100) -> float:
@@ -171,10 +174,18 @@ def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: d
             checkpoint.save(step + 1)
 
 
-def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, seed: int, log=None) -> None:
-    """Trains `vae` in place on `images`, uint8 with shape (N, 3, H, W), and sets its `scaling_factor` to 1 / std of the latents."""
+def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, seed: int, log=None, stage: str = "vae") -> None:
+    """Trains `vae` in place on `images`, uint8 with shape (N, 3, H, W), and sets its `scaling_factor` to 1 / std of the latents.
+
+    Stage "decoder" leaves the encoder, and so the latents, as they are. It also ties the rows of the last convolution for R, G and B.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
+    if stage == "decoder":
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
 
     def loss_at(step: int) -> Tensor:
         batch = images[torch.randint(len(images), (config["batch_size"],), generator=generator)].float() / 127.5 - 1
@@ -185,7 +196,14 @@ def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, se
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean(dim=(1, 2, 3))
         return vae_loss(batch, decoded.float(), kl, config)
 
-    run_loop(loss_at, Checkpoint(folder / "vae.safetensors", {"vae": vae}, optimizer, generator), config, log=log, label="vae")
+    def tie() -> None:
+        last = vae.decoder.conv_out
+        with torch.no_grad():
+            last.weight.copy_(last.weight.mean(dim=0, keepdim=True).expand_as(last.weight))
+            last.bias.copy_(last.bias.mean().expand_as(last.bias))
+
+    checkpoint = Checkpoint(folder / f"{stage}.safetensors", {"vae": vae}, optimizer, generator)
+    run_loop(loss_at, checkpoint, config, tie if stage == "decoder" else lambda: None, log, stage)
     mean, std = encode_images(vae, images[:4096])
     vae.register_to_config(scaling_factor=float(1 / (mean.square() + std.square()).mean().sqrt()))
 

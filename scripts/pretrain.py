@@ -45,6 +45,7 @@ def main() -> None:
             f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
     pretrain.train_vae(vae, images, config["vae"], args.checkpoints, config["seed"], log)
+    pretrain.train_vae(vae, images, config["decoder"], args.checkpoints, config["seed"], log, stage="decoder")
     scale = vae.config.scaling_factor
     latents = tuple(scale * x for x in pretrain.encode_images(vae, images))
     tokens = [tokenizer(row, padding="max_length", truncation=True, return_tensors="pt").input_ids for row in prompts]

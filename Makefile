@@ -1,0 +1,62 @@
+# make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
+# make paper  the long run: further rows, the sweep of gamma
+# make ui     MLflow's pages on what the runs logged
+# make test   all tests;  make lint  style
+PYTHON ?= python3
+CORES ?= all
+PORT ?= 5000
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS := results/compressibility
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo paper test lint ui format
+.DEFAULT_GOAL := demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another by make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	snakemake --cores $(CORES) all
+	snakemake --report $(RESULTS)/report.html all
+	@dvc commit --force --quiet || echo "DVC did not record this run (it needs a git checkout)" >&2
+	@echo
+	@cat $(RESULTS)/tables/results.md
+	@echo
+	@echo "Table:    $(RESULTS)/tables/results.csv (and .md, .tex)"
+	@echo "Pictures:"
+	@ls $(RESULTS)/figures/*.png | sed 's/^/  /'
+	@echo "Report:   $(RESULTS)/report.html"
+	@echo "Adapter:  $(RESULTS)/adapters/ctrl"
+	@echo "Runs:     make ui"
+
+paper: $(VENV)/.installed
+	snakemake --cores $(CORES) paper
+	snakemake --report $(RESULTS)/report.html paper
+	@dvc commit --force --quiet || echo "DVC did not record this run (it needs a git checkout)" >&2
+	@cat $(RESULTS)/tables/paper.md
+	@echo "Sweep of gamma: $(RESULTS)/figures/gamma_sweep.png"
+
+ui: $(VENV)/.installed
+	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }
+	@echo "http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui \
+		--backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+
+test: $(VENV)/.installed
+	python -m pytest -q -m "not slow"
+	python -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+
+format: $(VENV)/.installed
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow

@@ -1,0 +1,25 @@
+# Give a pretrained diffusion model a new control from labels alone, and compare it with the exact answer.
+#
+#   snakemake --cores all all                                     the embedded default, config/config.yaml
+#   snakemake --cores all --configfile config/smoke.yaml all      every rule in minutes, with few steps and images
+#   snakemake --cores all paper                                   further rows of the table and the sweep of gamma; hours
+#   snakemake --profile slurm all                                 the same on a cluster
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/dataset.smk"
+include: "workflow/rules/classifier.smk"
+include: "workflow/rules/finetune.smk"
+include: "workflow/rules/sample.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        all_targets(),

@@ -1,0 +1,101 @@
+"""An adapter's folder: weights, adapter.json, model card and the pipeline's code; and the check that plain diffusers agrees with us."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ctrl import pipeline
+from ctrl.control import Control
+from ctrl.errors import UserError
+from ctrl.io import write_json, write_text
+from ctrl.oracles import to_pil
+from ctrl.process import Process
+from ctrl.sampling import noise_of, sample
+
+CARD = """---
+base_model: {base}
+library_name: diffusers
+license: mit
+tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, diffusers, lora, ctrl]
+---
+# {name}: a label for {base}
+
+LoRA and label embedding trained by CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {gamma:g}.
+
+| label | meaning |
+|---|---|
+{labels}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}", custom_pipeline="{folder}", trust_remote_code=True)
+pipe.load_control("{folder}")
+images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
+```
+
+`label=None` is the pretrained model; `strength` goes from 0 (pretrained) over 1 (trained) to more. The LoRA alone loads with
+`load_lora_weights` in any Stable Diffusion pipeline.
+
+## Training
+{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s; at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats, accuracy by
+the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
+
+## Limits
+Made for the base with the fingerprint {base_fingerprint}, and for the sampler in adapter.json: {sampler}.
+"""
+
+# What a user would write, in a process that has never heard of this package.
+PLAIN_DIFFUSERS = """
+import json, sys
+import numpy as np
+from diffusers import DiffusionPipeline
+base, folder, prompts, labels, seed, output = json.loads(sys.argv[1])
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, safety_checker=None)
+pipe.set_progress_bar_config(disable=True)
+pipe.load_control(folder)
+assert "ctrl" not in sys.modules, "ctrl was imported"
+np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=labels, seed=seed).images]))
+"""
+
+
+def write_adapter(control: Control, folder: Path, described: dict) -> None:
+    """Writes weights, adapter.json, README.md and pipeline.py; `described` is what `ctrl.control.describe` returns."""
+    control.save(folder)
+    last, settings = described["last"], described["finetune"]
+    labels = "\n".join(f"| {y} | {name} |" for y, name in enumerate(described["label_names"]))
+    card = CARD.format(
+        **described | {"labels": labels, "folder": folder, "prompt": "…"},
+        updates=settings["num_updates"], batch_size=settings["batch_size"], log_prob=last["log_prob"], kl_nats=last["kl_nats"],
+        probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
+    )  # fmt: skip
+    write_text(folder / "README.md", card)
+    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    write_json(folder / "adapter.json", described)
+
+
+def check_in_plain_diffusers(
+    control: Control, process: Process, folder: Path, described: dict, cells: Sequence[tuple[str, int]], templates: Sequence[str]
+) -> None:
+    """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to one grey level in 255."""
+    chosen = list(cells)[:: max(1, len(cells) // 4)][:4]
+    prompts, labels = [templates[0].format(subject) for subject, _ in chosen], [label for _, label in chosen]
+    noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
+    psi = control.denoiser(process, prompts, torch.tensor(labels), described["sampler"]["guidance_scale"])
+    with torch.no_grad():
+        here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
+    output = folder / "plain_diffusers.npy"
+    arguments = json.dumps([described["base"], str(folder), prompts, labels, 0, str(output)])
+    done = subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    there = np.load(output)
+    output.unlink()
+    if (worst := int(np.abs(here.astype(int) - there).max())) > 1:
+        raise UserError(f"{folder}: plain diffusers draws other images with the adapter than the trainer (by {worst} of 255 grey levels)")

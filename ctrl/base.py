@@ -1,0 +1,134 @@
+"""A pretrained model of the Stable Diffusion family: prompts to conditions, noise prediction, latents to images."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from ctrl.errors import UserError
+from ctrl.process import Denoiser, Process
+
+
+@dataclass
+class Passes:
+    """How many images went through the UNet, forward and backward."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass
+class Base:
+    """The frozen pipeline, and a count of its UNet passes. `latent_shape` is (C, h, w)."""
+
+    pipe: StableDiffusionPipeline
+    passes: Passes = field(default_factory=Passes)
+    _text: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipe.unet
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.pipe.unet.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    def process(self, num_steps: int, eta: float = 1.0) -> Process:
+        """The reverse process on `num_steps` of the training steps, spaced as the folder's scheduler says."""
+        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        return Process.from_alphas(scheduler.alphas_cumprod, scheduler.timesteps.cpu(), float(scheduler.final_alpha_cumprod), eta)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings with shape (B, L, D). Each distinct prompt is encoded once."""
+        if missing := [p for p in dict.fromkeys(prompts) if p not in self._text]:
+            tokens = self.pipe.tokenizer(
+                missing, padding="max_length", max_length=self.pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            )
+            self._text |= dict(zip(missing, self.pipe.text_encoder(tokens.input_ids.to(self.device))[0], strict=True))
+        return torch.stack([self._text[p] for p in prompts])
+
+    def eps(self, x_t: Tensor, t: Tensor, text: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """One UNet pass: the predicted noise with shape (B, C, h, w), from a model that predicts eps or v."""
+        self.passes.forward += len(x_t)
+        dtype = self.unet.dtype
+        out = self.unet(x_t.to(dtype), t, text.to(dtype), class_labels=class_labels, return_dict=False)[0].to(x_t.dtype)
+        if out.requires_grad:
+            out.register_hook(self._count_backward)
+        if self.pipe.scheduler.config.prediction_type == "v_prediction":
+            abar = self.pipe.scheduler.alphas_cumprod.to(x_t.device)[t].view(-1, 1, 1, 1).to(x_t.dtype)
+            return abar.sqrt() * out + (1 - abar).sqrt() * x_t
+        return out
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.passes.backward += len(grad)
+
+    def guided(self, process: Process, prompts: Sequence[str], guidance_scale: float, labels: Tensor | None, null: int | None) -> Denoiser:
+        """eps(∅, ∅) + guidance_scale · (eps(c, y) − eps(∅, ∅)), both in one batch; at a scale of 1 only eps(c, y) is computed.
+
+        `labels` go to the UNet's class embedding, `null` is its row for ∅; both are None for a UNet without one.
+        """
+        text = self.encode(prompts)
+        if guidance_scale != 1:
+            text = torch.cat([self.encode([""] * len(prompts)), text])
+            labels = None if labels is None else torch.cat([torch.full_like(labels, null), labels])
+
+        def denoiser(x_t: Tensor, i: int) -> Tensor:
+            x = x_t if guidance_scale == 1 else torch.cat([x_t, x_t])
+            eps = self.eps(x, process.timesteps[i].expand(len(x)).to(x.device), text, labels)
+            if guidance_scale == 1:
+                return eps
+            empty, prompted = eps.chunk(2)
+            return empty + guidance_scale * (prompted - empty)
+
+        return denoiser
+
+    def denoiser(self, process: Process, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
+        """The pretrained model, with its prompt guidance."""
+        return self.guided(process, prompts, guidance_scale, None, None)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images, nominally in [-1, 1] but not clamped, with shape (B, 3, H, W), from latents; differentiable."""
+        vae = self.pipe.vae
+        return vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].to(x_0.dtype)
+
+    def fingerprint(self) -> str:
+        """Short hash of the UNet's weights, the same in every precision: of the first values of each tensor, in half precision."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.unet.state_dict().items()):
+            if "lora_" in name or name.startswith("class_embedding."):
+                continue
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(tensor.flatten()[:256].to(torch.float16).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load(path: str | Path, revision: str | None = None, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Base:
+    """Loads a diffusers folder or a name on the hub, frozen. Raises UserError where it is missing or not a Stable Diffusion."""
+    path = str(path)
+    local = Path(path).is_dir()
+    if not local and (path.startswith((".", "/")) or Path(path).parts[0] == "resources" or path.count("/") != 1):
+        raise UserError(f"base.path: there is no folder {path}; give a diffusers folder or a name on the hub such as owner/model")
+    if local and not (Path(path) / "model_index.json").exists():
+        raise UserError(f"base.path: {path} is not a diffusers folder: it has no model_index.json")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            path, revision=revision, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    except Exception as error:
+        raise UserError(f"base.path: {path} cannot be loaded as a Stable Diffusion: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False).eval()
+    return Base(pipe.to(device))

@@ -1,0 +1,148 @@
+"""The augmented model: LoRA and a label embedding on a pretrained UNet, which at the start *is* the pretrained model, bit for bit.
+
+Both live in the pretrained network itself, and `pretrained()` switches them off: there is no second copy of the base.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ctrl.base import Base
+from ctrl.errors import UserError
+from ctrl.io import load_tensors, read_json, save_tensors
+from ctrl.process import Denoiser, Process
+
+LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
+
+
+class Control:
+    """LoRA layers and a zero-initialised label embedding, installed in `base.unet`'s class-embedding slot.
+
+    The embedding's last row, `null`, stands for "no label": it is the padding row, so it stays zero and gets no gradient.
+    """
+
+    def __init__(self, base: Base, num_classes: int, rank: int, target_modules: Sequence[str], seed: int = 0):
+        unet = base.unet
+        if unet.class_embedding is not None:
+            raise UserError("base: its UNet has a class embedding already; CTRL needs that slot for the new label")
+        self.base, self.null = base, num_classes
+        self.settings = {"num_classes": num_classes, "rank": rank, "target_modules": list(target_modules)}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
+            try:
+                unet.add_adapter(lora, "ctrl")
+            except ValueError as error:
+                raise UserError(f"finetune.lora.target_modules: {error}") from error
+        width = unet.time_embedding.linear_2.out_features
+        unet.class_embedding = nn.Embedding(num_classes + 1, width, padding_idx=num_classes, device=base.device)
+        nn.init.zeros_(unet.class_embedding.weight)
+        self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.float()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained, by name."""
+        return {name: p for name, p in self.base.unet.named_parameters() if p.requires_grad}
+
+    def groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict]:
+        """Parameter groups for an optimizer: LoRA, and the label embedding with its own learning rate."""
+        embedding = self.base.unet.class_embedding.weight
+        lora = [p for p in self.parameters().values() if p is not embedding]
+        return [{"params": lora, "lr": learning_rate}, {"params": [embedding], "lr": embedding_learning_rate}]
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Inside, LoRA is off. (PEFT's own switch would also freeze the weights; this one leaves `requires_grad` alone.)"""
+        for layer in self._layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer._disable_adapters = False
+
+    def base_denoiser(self, process: Process, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
+        """The pretrained model with its prompt guidance: LoRA off, null label."""
+        labels = torch.full((len(prompts),), self.null, device=self.base.device)
+        eps = self.base.guided(process, prompts, guidance_scale, labels, self.null)
+
+        def denoiser(x_t: Tensor, i: int) -> Tensor:
+            with self.pretrained():
+                return eps(x_t, i)
+
+        return denoiser
+
+    def denoiser(
+        self, process: Process, prompts: Sequence[str], labels: Tensor, guidance_scale: float = 1.0, strength: float = 1.0
+    ) -> Denoiser:
+        """The augmented model for `labels` with shape (B,): eps_pre + strength · (eps_psi − eps_pre).
+
+        A strength of 1 costs what the pretrained model costs, and 0 is the pretrained model; others need both.
+        """
+        pre = self.base_denoiser(process, prompts, guidance_scale)
+        if strength == 0:
+            return pre
+        psi = self.base.guided(process, prompts, guidance_scale, labels.to(self.base.device), self.null)
+        if strength == 1:
+            return psi
+
+        def denoiser(x_t: Tensor, i: int) -> Tensor:
+            eps_pre = pre(x_t, i)
+            return eps_pre + strength * (psi(x_t, i) - eps_pre)
+
+        return denoiser
+
+    def save(self, folder: Path) -> None:
+        """Writes the LoRA as diffusers reads it, and the label embedding beside it, into an existing folder."""
+        unet = self.base.unet
+        lora = get_peft_model_state_dict(unet, adapter_name="ctrl")
+        metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
+        save_tensors(Path(folder) / EMBEDDING_FILE, {"weight": unet.class_embedding.weight.detach()})
+
+
+def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """adapter.json, LoRA and label embedding of `folder`. Raises UserError where they are missing, corrupt, or made for another base."""
+    described = read_json(folder / "adapter.json")
+    if (found := base.fingerprint()) != described["base_fingerprint"]:
+        raise UserError(
+            f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described['base_fingerprint']}), "
+            f"not for this one ({found}); load it on that base, or train a new one"
+        )
+    return described, load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
+
+
+def load(base: Base, folder: str | Path) -> Control:
+    """The trained control in `folder`, on `base`. Raises UserError as `check_adapter` does."""
+    folder = Path(folder)
+    described, lora, embedding = check_adapter(base, folder)
+    control = Control(base, described["num_classes"], described["rank"], described["target_modules"])
+    state = {key.removeprefix("unet."): value for key, value in lora.items()}
+    unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
+    if unexpected or len(state) != 2 * len(control._layers):
+        raise UserError(f"{folder / LORA_FILE}: its layers are not those that {folder / 'adapter.json'} describes; train it again")
+    with torch.no_grad():
+        base.unet.class_embedding.weight.copy_(embedding["weight"])
+    return control
+
+
+def describe(control: Control, base_path: str, sampler: dict, label_names: Sequence[str], extra: dict) -> dict:
+    """What adapter.json holds: how to load and to sample, and what the adapter was made for."""
+    return {
+        "base": str(base_path),
+        "base_fingerprint": control.base.fingerprint(),
+        **control.settings,
+        "null_label": control.null,
+        "label_names": list(label_names),
+        "sampler": {key: sampler[key] for key in ("num_steps", "eta", "guidance_scale")},
+        **json.loads(json.dumps(extra)),
+    }

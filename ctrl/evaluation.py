@@ -1,0 +1,187 @@
+"""How good is a conditional sampler: from images, what they were asked to be, and a reference, to named figures with intervals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ctrl import features, metrics
+from ctrl.data import load_images
+from ctrl.errors import UserError
+from ctrl.io import read_json, read_parquet
+from ctrl.oracles import get_oracle, score_to_label
+
+COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
+COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
+SINGLE = ("train_seconds", "peak_memory_mb", "kl_nats", "var_log_w")  # figures of samples.json or adapter.json
+MIN_FRECHET = 2000  # images; below, the Frechet distance says more about their number than about their law
+
+
+@dataclass
+class Samples:
+    """Generated images: `table` has COLUMNS and a column `score`, `images` are uint8 (N, 3, H, W), `info` is samples.json."""
+
+    folder: Path
+    table: pd.DataFrame
+    images: Tensor
+    info: dict
+
+    @property
+    def labels(self) -> Tensor:
+        """The requested labels, int64 (N,)."""
+        return torch.tensor(self.table["label"].to_numpy(np.int64))
+
+    @property
+    def seeds(self) -> Tensor:
+        """int64 (N,); images of one seed share their noise and so depend on each other."""
+        return torch.tensor(self.table["seed"].to_numpy(np.int64))
+
+
+def load_samples(folder: Path | str, oracle: str, num_classes: int) -> Samples:
+    """Reads a folder of samples and scores every picture by the oracle.
+
+    UserError where the folder, its table, a column or a picture is missing, the table is empty, or a label is not in 0..num_classes - 1.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder of samples {folder}; draw them with scripts/sample.py")
+    table = read_parquet(folder / "samples.parquet")
+    if missing := [c for c in COLUMNS if c not in table]:
+        raise UserError(f"{folder / 'samples.parquet'} has no column {missing[0]}; draw the samples again with scripts/sample.py")
+    if table.empty:
+        raise UserError(f"{folder / 'samples.parquet'} has no rows; draw the samples again with scripts/sample.py")
+    if not table["label"].between(0, num_classes - 1).all():
+        wrong = min(set(table["label"]) - set(range(num_classes)))
+        raise UserError(f"{folder / 'samples.parquet'} asks for label {wrong}, but the dataset has the labels 0 to {num_classes - 1}")
+    images = load_images([folder / name for name in table["file_name"]])
+    info = read_json(folder / "samples.json") if (folder / "samples.json").exists() else {}
+    return Samples(folder, table.assign(score=score_images(images, oracle)), images, info)
+
+
+def score_images(images: Tensor, oracle: str) -> np.ndarray:
+    """The oracle's scores (N,) of uint8 images (N, 3, H, W)."""
+    score = get_oracle(oracle)
+    return np.array([score(Image.fromarray(x)) for x in images.permute(0, 2, 3, 1).numpy()])
+
+
+def number_cells(samples: Samples, reference: Samples) -> tuple[Tensor, Tensor]:
+    """The number of the (subject, label) cell of each image, alike in both sets: int64 (N,), (M,).
+
+    Where hardly any cell has two images in both sets (a trial run), a cell is a label, whatever the subject.
+    UserError where the two sets were asked for different cells, or share seeds (their distance would be too small).
+    """
+    if samples.folder.resolve() == reference.folder.resolve():
+        raise UserError(f"{samples.folder} would be compared with itself; the reference must be an independent set")
+    if torch.isin(samples.seeds, reference.seeds).any():
+        raise UserError(f"{samples.folder} and {reference.folder} share seeds; draw the reference with another --seed-offset")
+    keys = [list(zip(s.table["subject"], s.table["label"].astype(int), strict=True)) for s in (samples, reference)]
+    numbers = {cell: i for i, cell in enumerate(sorted(set(keys[0]) | set(keys[1])))}
+    for number, (own, other) in enumerate((keys, keys[::-1])):
+        if lost := set(own) - set(other):
+            here, there = (samples.folder, reference.folder)[:: 1 - 2 * number]
+            subject, label = min(lost)
+            raise UserError(f"{here} has images of {subject!r} with label {label}, {there} has none; draw both with the same cells")
+    own, right = (torch.tensor([numbers[cell] for cell in key]) for key in keys)
+    pairs = (torch.bincount(own, minlength=len(numbers)) >= 2) & (torch.bincount(right, minlength=len(numbers)) >= 2)
+    return (own, right) if pairs.double().mean() >= 0.5 else (samples.labels, reference.labels)
+
+
+def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: dict, config: dict, seed: int = 0) -> dict:
+    """Every figure of one method against the rejection samples `reference`.
+
+    network: from ctrl.features; report: the dataset's report.json (edges, descending, num_classes); config: the keys num_bootstrap and
+    num_neighbours. Returns {"n", "metrics": {name: {"value", "n", "lo", "hi"}}, "confusion": counts [requested][measured],
+    "per_subject": {subject: {"accuracy", "n"}}}; lo and hi bound the 95 % bootstrap interval over seeds, or are None.
+    """
+    cells = number_cells(samples, reference)
+    num_bootstrap, n = config["num_bootstrap"], len(samples.table)
+    requested, measured = samples.labels, torch.tensor(score_to_label(samples.table["score"], report["edges"], report["descending"]))
+
+    def over_seeds(statistic: Callable[[Tensor], float]) -> dict:
+        lo, hi = metrics.bootstrap(statistic, n, num_bootstrap, seed, clusters=samples.seeds)
+        return _figure(statistic(torch.arange(n)), n, lo, hi)
+
+    figures = {
+        "accuracy": over_seeds(lambda i: metrics.accuracy(requested[i], measured[i])),
+        "macro_f1": over_seeds(lambda i: metrics.macro_f1(requested[i], measured[i])),
+    }
+    both = [features.compute(network, s.images, s.table["subject"].tolist(), s.table["prompt"].tolist()) for s in (samples, reference)]
+    figures |= compare(both[0][0], both[1][0], cells, (samples.seeds, reference.seeds), config["num_neighbours"], num_bootstrap, seed)
+    figures[network.score_name] = over_seeds(lambda i: both[0][1][i].mean().item())
+    figures |= costs(samples.table, samples.info, num_bootstrap, seed)
+    subjects = samples.table["subject"].to_numpy()
+    hits = (requested == measured).numpy()
+    return {
+        "n": n,
+        "metrics": figures,
+        "confusion": metrics.confusion_matrix(requested, measured, report["num_classes"]).tolist(),
+        "per_subject": {
+            s: {"accuracy": float(hits[subjects == s].mean()), "n": int((subjects == s).sum())} for s in dict.fromkeys(subjects)
+        },
+    }
+
+
+def compare(
+    x: Tensor, reference: Tensor, cells: metrics.Pair, seeds: metrics.Pair, num_neighbours: int, num_bootstrap: int, seed: int
+) -> dict[str, dict]:
+    """Distances between two sets of features (N, D), (M, D), and the method's diversity; see ctrl.metrics for each.
+
+    Intervals of precision and recall are over the images that are tested, the manifold as it is.
+    """
+    n, settings = len(x), {"cells": cells, "clusters": seeds}
+    resampling = {"num_bootstrap": num_bootstrap, "seed": seed}
+    figures = {}
+    try:
+        for name, within in (("kid_rejection", False), ("kid_rejection_within", True)):
+            value = metrics.kid(x, reference, **settings, within=within)
+            figures[name] = _figure(value, n, *metrics.kid_interval(x, reference, **settings, within=within, **resampling))
+        bounds = metrics.diversity_interval(x, reference, **settings, **resampling)
+        figures["diversity"] = _figure(metrics.diversity(x, reference, **settings), n, *bounds)
+    except ValueError as error:
+        raise UserError(f"too few images for the distances: {error}; raise evaluation.images_per_label") from error
+    if min(n, len(reference)) >= MIN_FRECHET:
+        figures["frechet_distance"] = _figure(metrics.frechet_distance(x, reference), n)
+    if min(n, len(reference)) > 2 * num_neighbours:
+        tested = {"precision": (x, reference, 0), "recall": (reference, x, 1)}
+        for name, (points, support, own) in tested.items():
+            inside = metrics.in_manifold(points, support, num_neighbours, seeds[1 - own]).double()
+            bounds = metrics.bootstrap(lambda i, hit=inside: hit[i].mean().item(), len(inside), **resampling, clusters=seeds[own])
+            figures[name] = _figure(inside.mean().item(), len(inside), *bounds)
+    return figures
+
+
+def costs(table: pd.DataFrame, info: dict, num_bootstrap: int, seed: int) -> dict[str, dict]:
+    """What an image cost, from the table's columns, and the run's own figures from `info`.
+
+    Images that were timed together carry the mean of their batch, and are resampled together. What is the same for all has no interval.
+    """
+    figures = {}
+    for column, name in COSTS.items():
+        if column in table:
+            values = torch.tensor(table[column].to_numpy(np.float64))
+            figures[name] = _figure(values.mean().item(), len(values))
+            if values.unique().numel() > 1:
+                batches = values if column == "seconds" else None
+                bounds = metrics.bootstrap(lambda i, v=values: v[i].mean().item(), len(values), num_bootstrap, seed, clusters=batches)
+                figures[name] = _figure(values.mean().item(), len(values), *bounds)
+    if "nfe_forward" in figures and "nfe_backward" in figures:
+        figures["nfe"] = _figure(figures["nfe_forward"]["value"] + figures["nfe_backward"]["value"], len(table))
+    for name in SINGLE:
+        if info.get(name) is not None:
+            given = info[name] if isinstance(info[name], dict) else {"value": info[name]}
+            figures[name] = _figure(given["value"], given.get("n", len(table)), given.get("lo"), given.get("hi"))
+    return figures
+
+
+def _figure(value: float, n: int, lo: float | None = None, hi: float | None = None) -> dict:
+    return {"value": value, "n": n, "lo": lo, "hi": hi}
+
+
+def values_of(evaluation: dict, names: Sequence[str]) -> dict[str, float]:
+    """The plain values of those `names` that an evaluation has."""
+    return {name: evaluation["metrics"][name]["value"] for name in names if name in evaluation["metrics"]}

@@ -1,0 +1,195 @@
+"""Networks that no method was trained on: the features of the distances, and whether an image still shows its prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ctrl.errors import UserError
+from ctrl.io import load_tensors, read_json, save_tensors, write_json
+
+CLIP_DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's name and pretrained weights
+
+
+class GarmentNet(nn.Module):
+    """A small convolutional classifier of grey images; its pooled last layer gives the features.
+
+    3x3 convolutions with batch norm and ReLU, `widths` their channels: one to widths[0] that halves the image, one to widths[1], and for
+    each further width one that halves it again and a second one. Then the mean over positions, D = widths[-1] features, and a linear layer.
+    """
+
+    def __init__(self, subjects: Sequence[str], widths: Sequence[int] = (16, 32, 64, 128)):
+        super().__init__()
+        self.subjects, self.widths = list(subjects), list(widths)
+        layers, width = [], 1
+        for i, out in enumerate(widths):
+            layers += _convolution(width, out, stride=2 if i != 1 else 1)
+            layers += _convolution(out, out, stride=1) if i > 1 else []
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, len(self.subjects))
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, D) of images in [-1, 1] with shape (B, 3, H, W), or (B, 1, H, W) if they are grey already."""
+        return self.body(images.mean(dim=1, keepdim=True)).mean(dim=(2, 3))
+
+    def prompt_logits(self, images: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (B, num_subjects) of `subjects`, for images in [-1, 1] with shape (B, 3, H, W)."""
+        return self.head(self.features(images))
+
+    def prompt_scores(self, images: Tensor, subjects: Sequence[str], prompts: Sequence[str]) -> Tensor:
+        """1 where the network sees the subject that was asked for, else 0; float (B,). `prompts` are not used."""
+        return (self.prompt_logits(images).argmax(1).cpu() == torch.tensor([self.index(s) for s in subjects])).float()
+
+    def index(self, subject: str) -> int:
+        """The number of a subject; UserError for one that the network does not know."""
+        if subject not in self.subjects:
+            raise UserError(f"the garment classifier does not know the subject {subject!r}; it knows {', '.join(self.subjects)}")
+        return self.subjects.index(subject)
+
+    score_name = "prompt_accuracy"
+
+
+def _convolution(width: int, out: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(width, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+
+class ClipFeatures(nn.Module):
+    """open_clip's image tower as features, and the cosine of image and prompt as the score; for bases of any subject.
+
+    model: an open_clip model; tokenizer: prompts -> tokens; the images are resized to its input and normalised with its constants.
+    """
+
+    score_name = "clip_score"
+    subjects: None = None
+
+    def __init__(self, model: nn.Module, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        size = model.visual.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(model.visual, f"image_{name}")).view(3, 1, 1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image embeddings (B, D), not normalised, of images in [-1, 1] with shape (B, 3, H, W)."""
+        x = F.interpolate(images, self.image_size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+        return self.model.encode_image((x * 0.5 + 0.5 - self.mean) / self.std)
+
+    def prompt_scores(self, images: Tensor, subjects: Sequence[str], prompts: Sequence[str]) -> Tensor:
+        """Cosine of image and prompt embeddings, in [-1, 1]; float (B,). `subjects` are not used."""
+        text = self.model.encode_text(self.tokenizer(list(prompts)).to(self.device))
+        return F.cosine_similarity(self.features(images), text).float().cpu()
+
+
+def load(path: str | Path) -> GarmentNet | ClipFeatures:
+    """A frozen network from a folder with model.safetensors and config.json, or `clip` / `clip:NAME:PRETRAINED` from open_clip.
+
+    Raises UserError where the folder is missing or damaged, or open_clip's weights cannot be had.
+    """
+    if str(path).split(":")[0] == "clip":
+        return load_clip(*(str(path).split(":")[1:] or CLIP_DEFAULT))
+    folder = Path(path)
+    if not (folder / "config.json").exists():
+        raise UserError(f"evaluation.features: {folder} has no config.json; give a folder written by scripts/train_garments.py, or `clip`")
+    config = read_json(folder / "config.json")
+    try:
+        net = GarmentNet(config["subjects"], config["widths"])
+        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_tensors(folder / "model.safetensors").items()})
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"evaluation.features: {folder} does not hold a garment classifier: {str(error).splitlines()[0]}") from error
+    return net.eval().requires_grad_(False)
+
+
+def load_clip(name: str = CLIP_DEFAULT[0], pretrained: str | None = CLIP_DEFAULT[1]) -> ClipFeatures:
+    """open_clip's model `name` with the weights `pretrained` (a tag or a file; None: random weights)."""
+    import open_clip
+
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        raise UserError(
+            f"evaluation.features: open_clip has no weights {pretrained} for {name} here: {str(error).splitlines()[0]}"
+        ) from error
+    return ClipFeatures(model, tokenizer).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def compute(
+    network: nn.Module, images: Tensor, subjects: Sequence[str], prompts: Sequence[str], batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and prompt scores (N,) of uint8 images (N, 3, H, W), in batches, on the CPU."""
+    features, scores = [], []
+    for i in range(0, len(images), batch_size):
+        batch = images[i : i + batch_size].to(network.device).float() / 127.5 - 1
+        features.append(network.features(batch).float().cpu())
+        scores.append(network.prompt_scores(batch, subjects[i : i + batch_size], prompts[i : i + batch_size]))
+    return torch.cat(features), torch.cat(scores)
+
+
+def augment(images: Tensor, generator: torch.Generator, max_shift: int = 2, erase_probability: float = 0.1) -> Tensor:
+    """Images (B, C, H, W) moved by up to `max_shift` pixels (black comes in), and some of them with one black square of H/4 pixels."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, [max_shift] * 4, value=-1)
+    dy, dx = torch.randint(2 * max_shift + 1, (2, b, 1), generator=generator)
+    rows, columns = dy + torch.arange(h), dx + torch.arange(w)
+    out = padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    top, left = torch.randint(h - h // 4 + 1, (b, 1), generator=generator), torch.randint(w - w // 4 + 1, (b, 1), generator=generator)
+    in_rows = (torch.arange(h) >= top) & (torch.arange(h) < top + h // 4)
+    in_columns = (torch.arange(w) >= left) & (torch.arange(w) < left + w // 4)
+    erased = torch.rand(b, generator=generator) < erase_probability
+    mask = (in_rows[:, :, None] & in_columns[:, None, :] & erased[:, None, None])[:, None]
+    return out.masked_fill(mask, -1)
+
+
+def fit(
+    net: GarmentNet, images: Tensor, labels: Tensor, num_epochs: int, batch_size: int, learning_rate: float, seed: int, log=None
+) -> None:
+    """Trains `net` in place: cross-entropy, AdamW, one cycle of the learning rate (up to its peak, then cosine to zero).
+
+    images: uint8 (N, 3, H, W); labels: int64 (N,). `log(epoch, loss, accuracy)`, if given, gets each epoch's training means.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=0.02)
+    steps = len(images) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_epochs * steps, pct_start=0.2)
+    net.train().to(memory_format=torch.channels_last)
+    for epoch in range(num_epochs):
+        order, total, hits = torch.randperm(len(images), generator=generator), 0.0, 0
+        for i in order[: steps * batch_size].split(batch_size):
+            batch = augment(images[i, :1].float() / 127.5 - 1, generator)
+            logits = net.prompt_logits(batch)
+            loss = F.cross_entropy(logits, labels[i])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total, hits = total + loss.item(), hits + (logits.argmax(1) == labels[i]).sum().item()
+        if log:
+            log(epoch + 1, total / steps, hits / (steps * batch_size))
+    net.eval()
+
+
+@torch.no_grad()
+def count_correct(net: GarmentNet, images: Tensor, labels: Tensor, batch_size: int = 500) -> int:
+    """How many of the uint8 images (N, 3, H, W) the network names right; labels int64 (N,)."""
+    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return sum(int((net.prompt_logits(x.float() / 127.5 - 1).argmax(1) == y).sum()) for x, y in pairs)
+
+
+def save(net: GarmentNet, folder: Path, figures: dict) -> None:
+    """Writes model.safetensors (half precision) and config.json (the network and `figures`) into an existing folder."""
+    save_tensors(Path(folder) / "model.safetensors", {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()})
+    write_json(Path(folder) / "config.json", {"subjects": net.subjects, "widths": net.widths} | figures)

@@ -1,0 +1,53 @@
+"""CTRL's own trainer: differentiate the objective through the sampler (Zhao et al., ICLR 2025, arXiv 2406.12120).
+
+    loss = −gamma · log p̂(y | x_0) + kl_weight · Σ_t KL_t,    x_0:T ~ psi
+
+Truncated back-propagation follows only the last K steps of a trajectory. The local KL terms of the steps before that keep their gradient
+with respect to the parameters, at a detached x_t.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ctrl.process import Denoiser, Process
+
+
+def backprop(
+    process: Process,
+    psi: Denoiser,
+    pre: Denoiser,
+    log_prob: Callable[[Tensor], Tensor],
+    noise: Tensor,
+    gamma: float,
+    kl_weight: float = 1.0,
+    num_grad_steps: Tensor | None = None,
+    share: float = 1.0,
+) -> dict[str, Tensor]:
+    """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
+
+    `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
+    for every trajectory, None for all N. Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
+    """
+    num_steps, x = process.num_steps, noise[0]
+    first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps
+    loss, kl, log_ratio = 0.0, x.new_zeros(len(x)), x.new_zeros(len(x))
+    for i in range(num_steps):
+        follow = (i > first).to(x.device).view(-1, *[1] * (x.ndim - 1))
+        x = torch.where(follow, x, x.detach()) if follow.any() else x.detach()
+        eps = psi(x, i)
+        with torch.set_grad_enabled(x.requires_grad):
+            eps_pre = pre(x, i)
+        kl_i = process.kl(i, eps, eps_pre)
+        kl = kl + kl_i.detach()
+        log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre.detach(), noise[i + 1])
+        if (i < first).all():  # nothing later depends on this step's graph: free it now
+            (share * kl_weight * kl_i.sum()).backward()
+            eps = eps.detach()
+        else:
+            loss = loss + kl_weight * kl_i.sum()
+        x = process.step(i, x, eps, noise[i + 1])
+    log_p = log_prob(x)
+    (share * (loss - gamma * log_p.sum())).backward()
+    return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x.detach()}

@@ -1,0 +1,35 @@
+"""The objective's settings, and the numbers that say how far a policy is from its optimum."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def effective_gamma(gamma: float, kl_weight: float, kl_reduction: str, num_dimensions: int) -> float:
+    """The gamma of p_gamma ∝ p_pre · p̂^gamma that a recipe amounts to: the published one averages the KL over the latent dimensions."""
+    return gamma / summed_kl_weight(kl_weight, kl_reduction, num_dimensions)
+
+
+def summed_kl_weight(kl_weight: float, kl_reduction: str, num_dimensions: int) -> float:
+    """What the KL in nats, summed over dimensions, is multiplied by in the loss."""
+    return kl_weight / num_dimensions if kl_reduction == "mean" else kl_weight
+
+
+def annealed(update: int, start: float, num_updates: int) -> float:
+    """Factor on the classifier's temperature: geometric from `start` to 1 over `num_updates`, then 1."""
+    return 1.0 if update >= num_updates else math.exp(math.log(start) * (1 - update / num_updates))
+
+
+def within_cell_variance(log_w: Tensor, cells: Sequence) -> float:
+    """Pooled variance of log w = gamma log p̂(y|x_0) − log psi(path)/pre(path) within each (c, y), in nats².
+
+    Zero exactly at the optimum, where log w is the constant log Z(c, y). NaN if no cell has two trajectories.
+    """
+    groups: dict = {}
+    for value, cell in zip(log_w.tolist(), cells, strict=True):
+        groups.setdefault(cell, []).append(value)
+    squares = sum(torch.tensor(g).double().var(correction=0).item() * len(g) for g in groups.values())
+    freedom = len(log_w) - len(groups)
+    return squares / freedom if freedom else math.nan

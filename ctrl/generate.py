@@ -1,0 +1,98 @@
+"""Images for a table of (prompt, label, seed) rows, whatever the method, with what each of them cost."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ctrl.base import Base
+from ctrl.errors import UserError
+from ctrl.finetune.objective import within_cell_variance
+from ctrl.process import Denoiser, Process
+from ctrl.sampling import noise_of, path_statistics, sample
+
+MakeDenoiser = Callable[[list[str], Tensor], Denoiser]
+
+
+def generate(
+    base: Base, process: Process, rows: pd.DataFrame, make_denoiser: MakeDenoiser, batch_size: int
+) -> Iterator[tuple[Tensor, pd.DataFrame]]:
+    """Yields batches of images in [-1, 1] with shape (B, 3, H, W), with their rows and the columns nfe_forward, nfe_backward, seconds.
+
+    `make_denoiser` takes prompts and labels with shape (B,). Images and noise of the rows depend on nothing but the row.
+    """
+    for start in range(0, len(rows), batch_size):
+        batch = rows.iloc[start : start + batch_size]
+        started, forward, backward = time.perf_counter(), base.passes.forward, base.passes.backward
+        noise = noise_of(batch["seed"], base.latent_shape, process.num_steps, base.device)
+        denoiser = make_denoiser(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()))
+        x_0 = sample(process, denoiser, noise)
+        with torch.no_grad():
+            images = base.decode(x_0).clamp(-1, 1)
+        n = len(batch)
+        cost = {
+            "nfe_forward": (base.passes.forward - forward) / n,
+            "nfe_backward": (base.passes.backward - backward) / n,
+            "seconds": (time.perf_counter() - started) / n,
+        }
+        yield images, batch.assign(**cost)
+
+
+def reject(
+    base: Base, process: Process, rows: pd.DataFrame, make_denoiser: MakeDenoiser, batch_size: int,
+    label_of: Callable[[Tensor], Sequence[int]], first_seed: int, max_draws: int = 20_000,
+) -> Iterator[tuple[Tensor, pd.DataFrame]]:  # fmt: skip
+    """Exact conditional samples: draws from the pretrained model until the oracle (`label_of` images) says the row's label.
+
+    All labels of a subject share one stream of draws, in which the draws with label y are independent samples of p(x | c, y). A row's cost
+    is what it would have been for that label alone: all draws since the label came last. Seeds follow `first_seed` and replace the rows'.
+    Raises UserError where `max_draws` of one subject do not suffice.
+    """
+    for number, (subject, wanted) in enumerate(rows.groupby("subject", sort=False)):
+        open_rows = {y: list(group.index) for y, group in wanted.groupby("label")}
+        cost = {y: {"nfe_forward": 0.0, "nfe_backward": 0.0, "seconds": 0.0} for y in open_rows}
+        prompts = wanted["prompt"].drop_duplicates().tolist()
+        for block in count():
+            if not open_rows:
+                break
+            if block * batch_size >= max_draws:
+                y, left = next(iter(open_rows.items()))
+                raise UserError(f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y}; raise cells.min_probability")
+            seeds = range(first_seed + number * max_draws + block * batch_size, first_seed + number * max_draws + (block + 1) * batch_size)
+            draws = pd.DataFrame({"prompt": [prompts[s % len(prompts)] for s in seeds], "label": -1, "seed": seeds})
+            images, draws = next(generate(base, process, draws, make_denoiser, batch_size))
+            taken, accepted = [], []
+            for k, y in enumerate(label_of(images)):
+                for spent in cost.values():
+                    for name in spent:
+                        spent[name] += draws.iloc[k][name]
+                if y in open_rows:
+                    taken.append(k)
+                    row = rows.loc[open_rows[y].pop(0)].to_dict()
+                    accepted.append(row | {"prompt": draws.iloc[k]["prompt"], "seed": draws.iloc[k]["seed"]} | cost[y])
+                    cost[y] = dict.fromkeys(cost[y], 0.0)
+                    if not open_rows[y]:
+                        del open_rows[y], cost[y]
+            if taken:
+                yield images[taken], pd.DataFrame(accepted)
+
+
+def path_figures(
+    base: Base, process: Process, rows: pd.DataFrame, psi: MakeDenoiser, pre: MakeDenoiser, log_prob: Callable[[Tensor, Tensor], Tensor],
+    gamma: float, batch_size: int,
+) -> dict[str, dict]:  # fmt: skip
+    """kl_nats and var_log_w over the paths of `rows`, each with its sample size; `log_prob` takes x_0 and labels, in nats."""
+    kl, log_w = [], []
+    for start in range(0, len(rows), batch_size):
+        part = rows.iloc[start : start + batch_size]
+        prompts, labels = part["prompt"].tolist(), torch.tensor(part["label"].to_numpy(), device=base.device)
+        noise = noise_of(part["seed"], base.latent_shape, process.num_steps, base.device)
+        x_0, kl_nats, log_ratio = path_statistics(process, psi(prompts, labels), pre(prompts, labels), noise)
+        with torch.no_grad():
+            log_w.append(gamma * log_prob(x_0, labels) - log_ratio)
+        kl.append(kl_nats)
+    variance = within_cell_variance(torch.cat(log_w), list(zip(rows["subject"], rows["label"], strict=True)))
+    return {"kl_nats": {"value": torch.cat(kl).mean().item(), "n": len(rows)}, "var_log_w": {"value": variance, "n": len(rows)}}

@@ -1,0 +1,1 @@
+"""Conditional samplers that train nothing: one file each, a denoiser that wraps a denoiser."""

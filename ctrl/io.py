@@ -1,0 +1,173 @@
+"""JSON, parquet, text and safetensors files, and folders of them: complete or absent, whatever happens while they are written.
+
+Everything goes to a temporary name in the same folder, which a rename makes final; a write that fails leaves what was there before.
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyarrow
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ctrl.errors import UserError
+
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # "the disk refuses", as opposed to a mistake in the program
+
+
+def _temporary(path: Path) -> Path:
+    """The name under which `path` is written; always the same, so that what a killed run left is overwritten by the next one."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _cannot_write(path: Path, reason: object) -> UserError:
+    return UserError(f"cannot write {path}: {reason}; free some space or choose another folder")
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes a file atomically, creating its folder. UserError where the disk is full or the folder not writable."""
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error.strerror or error) from error
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_bytes(path, text.encode())
+
+
+def _plain(obj: object) -> object:
+    """`obj` in JSON's own types: numpy scalars, arrays and tensors become numbers and lists, paths strings, nan and inf null."""
+    if isinstance(obj, dict):
+        return {str(k): _plain(v) for k, v in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(v) for v in obj]
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if isinstance(obj, Path):
+        return str(obj)
+    if hasattr(obj, "tolist"):
+        return _plain(obj.tolist())
+    return obj
+
+
+def write_json(path: Path | str, obj: object) -> None:
+    """Writes JSON atomically; numpy and torch values are allowed, nan and infinity become null."""
+    write_text(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_parquet(path: Path | str, table: pd.DataFrame) -> None:
+    """Writes a table as parquet, atomically and without its index."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors of any device as safetensors, atomically; `metadata` goes into the file's header."""
+    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'missing'}: check the path, or run the step that writes it")
+
+
+def _corrupt(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is corrupt ({error}): delete it and run the step that writes it again")
+
+
+def read_json(path: Path | str) -> object:
+    """What a JSON file holds; UserError where it is missing or corrupt."""
+    path = Path(path)
+    _require_file(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _corrupt(path, error) from error
+
+
+def read_parquet(path: Path | str) -> pd.DataFrame:
+    """The table in a parquet file; UserError where it is missing or corrupt."""
+    path = Path(path)
+    _require_file(path)
+    try:
+        return pd.read_parquet(path)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
+
+
+def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name; UserError where it is missing or corrupt."""
+    path = Path(path)
+    _require_file(path)
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
+
+
+def load_metadata(path: Path | str) -> dict[str, str]:
+    """The strings in the header of a safetensors file; UserError where it is missing or corrupt."""
+    path = Path(path)
+    _require_file(path)
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a library's error says that the disk refuses; Rust's (safetensors, tokenizers) say it in words alone."""
+    return getattr(error, "errno", None) in STORAGE or (isinstance(error, Exception) and "No space left on device" in str(error))
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `path`, which takes its place on success and is removed on failure.
+
+    A folder already at `path` is replaced as a whole. A full disk, in whatever way it shows in the body, raises UserError naming `path`.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    replaced = path.with_name(f".{path.name}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (temporary, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_full_disk(error):
+            raise _cannot_write(path, os.strerror(error.errno) if isinstance(error, OSError) else error) from error
+        raise

@@ -1,0 +1,167 @@
+"""What a classifier looks at: networks that make a few numbers of an image.
+
+`features(images)` is fixed, so that it is computed once for the training images; `forward(features)` is what training changes.
+`prepare(features, targets)` sets what follows from the training split in closed form, and returns the residual's sd where it fits one.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctrl.dct import block_dct
+from ctrl.errors import UserError
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as float32: uint8 levels are converted, floats left as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+class DctNetwork(nn.Module):
+    """Log-magnitudes of the 8x8 block DCT, as JPEG sees it; a linear path, and an MLP that corrects it a little.
+
+    With one output (a mean) the linear path is the least-squares fit with non-negative weights, because every bit costs: whatever the
+    image, a smaller coefficient never looks larger. The correction is bounded by three residual standard deviations of that fit.
+    """
+
+    WIDTH, NUM_FEATURES, SHARPNESS, BOUND = 32, 129, 0.1, 3.0
+
+    def __init__(self, num_outputs: int, positive: bool):
+        super().__init__()
+        self.positive = positive
+        self.register_buffer("shift", torch.zeros(self.NUM_FEATURES))
+        self.register_buffer("scale", torch.ones(self.NUM_FEATURES))
+        self.register_buffer("bound", torch.zeros(()))
+        self.linear = nn.Linear(self.NUM_FEATURES, 1 if positive else num_outputs)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.NUM_FEATURES, self.WIDTH),
+            nn.SiLU(),
+            nn.Linear(self.WIDTH, self.WIDTH),
+            nn.SiLU(),
+            nn.Linear(self.WIDTH, num_outputs),
+        )
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Sums over blocks, for each frequency, of log2(1 + |DCT/q|) and of a soft |DCT/q| >= 1/2 (rounds to non-zero); shape (B, 129).
+
+        The last one is the sum of log2(1 + |difference of consecutive blocks' means|): JPEG codes the mean as that difference.
+        """
+        coefficients = block_dct(images)
+        size = coefficients.abs()
+        nonzero = torch.sigmoid((size - 0.5) / self.SHARPNESS)
+        steps = coefficients[:, :, 0, 0].diff(dim=1, prepend=torch.zeros_like(size[:, :1, 0, 0])).abs()
+        parts = [torch.log2(1 + size).sum(1).flatten(1), nonzero.sum(1).flatten(1), torch.log2(1 + steps).sum(1, keepdim=True)]
+        return torch.cat(parts, dim=1)
+
+    def prepare(self, features: Tensor, targets: Tensor) -> float | None:
+        sd = features.std(0, correction=0)
+        self.shift.copy_(features.mean(0))
+        self.scale.copy_(torch.where(sd > 1e-4, 1 / sd, 0))  # a feature that never varies says nothing
+        if not self.positive:
+            return None
+        z = ((features - self.shift) * self.scale).double().numpy()
+        design, target = np.c_[z, np.ones(len(z))], targets.double().numpy()
+        lowest = np.r_[np.zeros(z.shape[1]), -np.inf]
+        fit = scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
+        residual = max(float(np.std(target - design @ fit)), 1e-3)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(fit[None, :-1]))
+            self.linear.bias.fill_(fit[-1])
+            self.bound.fill_(self.BOUND * residual)
+        self.linear.requires_grad_(False)
+        return residual
+
+    def forward(self, features: Tensor) -> Tensor:
+        z = (features - self.shift) * self.scale
+        linear, correction = self.linear(z), self.mlp(3 * torch.tanh(z / 3))
+        if not self.positive:
+            return linear + correction
+        mean = linear[:, 0] + self.bound * torch.tanh(correction[:, 0])
+        return torch.cat([mean[:, None], correction[:, 1:]], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group normalisation, added to a 1x1 convolution of the input."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels),
+        )  # fmt: skip
+        self.skip = nn.Conv2d(channels_in, channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.body(x) + self.skip(x))
+
+
+class CnnNetwork(nn.Module):
+    """Three residual blocks of 64, 128 and 256 channels (stride 1, 2, 2), global pooling, a linear layer."""
+
+    def __init__(self, num_outputs: int):
+        super().__init__()
+        self.blocks = nn.Sequential(ResidualBlock(3, 64, 1), ResidualBlock(64, 128, 2), ResidualBlock(128, 256, 2))
+        self.linear = nn.Linear(256, num_outputs)
+
+    def features(self, images: Tensor) -> Tensor:
+        return images
+
+    def prepare(self, features: Tensor, targets: Tensor) -> None:
+        return None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.blocks(to_float(features)).mean(dim=(2, 3)))
+
+
+class ClipNetwork(nn.Module):
+    """An MLP, 768 → 1024 → 128 → 64 → 16 → K, on the normalised image embedding of a frozen CLIP (ViT-L/14).
+
+    `pretrained` is a tag that open_clip downloads (`openai`), a local safetensors file, or None for random weights (tests).
+    """
+
+    def __init__(self, num_outputs: int, model: str = "ViT-L-14", pretrained: str | None = "openai"):
+        super().__init__()
+        self.clip = load_clip(model, pretrained)
+        self.register_buffer("pixel_mean", torch.tensor(self.clip.visual.image_mean or (0.5,) * 3).view(3, 1, 1))
+        self.register_buffer("pixel_sd", torch.tensor(self.clip.visual.image_std or (0.5,) * 3).view(3, 1, 1))
+        widths = [self.clip.visual.output_dim, 1024, 128, 64, 16]
+        layers = [m for n_in, n in pairwise(widths) for m in (nn.Linear(n_in, n), nn.SiLU())]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], num_outputs))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Unit embeddings with shape (B, D) of images in [-1, 1] of any size; resizing and normalisation carry gradients."""
+        size = self.clip.visual.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        images = F.interpolate((images + 1) / 2, size=size, mode="bicubic", antialias=True, align_corners=False)
+        return F.normalize(self.clip.encode_image((images - self.pixel_mean) / self.pixel_sd), dim=-1)
+
+    def prepare(self, features: Tensor, targets: Tensor) -> None:
+        return None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(features * features.shape[1] ** 0.5)  # entries of about unit size
+
+
+def load_clip(model: str, pretrained: str | None) -> nn.Module:
+    """A frozen open_clip model in evaluation mode; UserError where its weights cannot be had. Random weights are those of seed 0."""
+    import open_clip
+
+    if pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise UserError(f"{pretrained} is a pickle, which may carry code: give CLIP's weights as .safetensors")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            clip = open_clip.create_model(model, pretrained=pretrained)
+    except Exception as error:  # the hub, the network, the file and open_clip each raise their own
+        raise UserError(f"CLIP {model} with weights {pretrained!r} cannot be loaded ({error}): give the path of a local file") from error
+    return clip.eval().requires_grad_(False)
+
+
+NETWORKS = {"dct": DctNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}

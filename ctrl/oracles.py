@@ -1,0 +1,66 @@
+"""Oracles: what an image measures (a score), and the label that a score falls in. They are the truth; a classifier only guesses it."""
+
+import io
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ctrl.errors import UserError
+
+
+def jpeg_size_kb(image: Image.Image) -> float:
+    """Size as JPEG of quality 95 in kB (1000 bytes), at the image's own resolution; the compressibility of DDPO, arXiv 2305.13301."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="JPEG", quality=95)
+    return buffer.tell() / 1000
+
+
+def brightness(image: Image.Image) -> float:
+    """Mean of all pixels and of R, G and B, in 0..1."""
+    return float(np.asarray(image.convert("RGB"), dtype=np.float64).mean() / 255)
+
+
+ORACLES: dict[str, Callable[[Image.Image], float]] = {"jpeg_size": jpeg_size_kb, "brightness": brightness}
+UNITS = {"jpeg_size": "kB", "brightness": ""}
+
+
+def get_oracle(name: str) -> Callable[[Image.Image], float]:
+    """The oracle of that name; UserError where there is none."""
+    if name not in ORACLES:
+        raise UserError(f"label.oracle: no oracle {name!r}; choose one of {', '.join(ORACLES)}")
+    return ORACLES[name]
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """RGB pictures of 256 levels from a tensor in [-1, 1] with shape (B, 3, H, W); values outside are clamped."""
+    pixels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def check_edges(edges: Sequence[float]) -> np.ndarray:
+    """Bin edges as an array with shape (K - 1,); UserError where they are not finite and strictly ascending."""
+    array = np.asarray(edges, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0 or not np.isfinite(array).all() or (np.diff(array) <= 0).any():
+        raise UserError(f"label.edges are out of order: {list(edges)}; list at least one, ascending, each once")
+    return array
+
+
+def score_to_label(score: np.ndarray, edges: Sequence[float], descending: bool = False) -> np.ndarray:
+    """Labels (int64, shape (N,)) of scores with shape (N,): bin k is [edges[k-1], edges[k]), the outer ones are open.
+
+    Ascending counts bins from the lowest score, descending from the highest.
+    """
+    edges = check_edges(edges)
+    label = np.searchsorted(edges, np.asarray(score, dtype=np.float64), side="right").astype(np.int64)
+    return len(edges) - label if descending else label
+
+
+def label_names(edges: Sequence[float], descending: bool = False, unit: str = "") -> list[str]:
+    """What each label means, in the order of the labels: `>= 1.2 kB`, `1.1-1.2 kB`, ..., `< 0.9 kB`."""
+    e = [f"{x:.4g}" for x in check_edges(edges)]
+    names = [f"< {e[0]}", *(f"{low}-{high}" for low, high in pairwise(e)), f">= {e[-1]}"]
+    names = [f"{name} {unit}".strip() for name in names]
+    return names[::-1] if descending else names

@@ -1,0 +1,83 @@
+"""The reverse process: DDIM as a chain of Gaussians from noise to image, and its log-probabilities and divergences.
+
+Step `i` of `N` goes from training timestep `t = timesteps[i]` to the next earlier one `s` (Song et al., ICLR 2021, arXiv 2010.02502):
+
+    x̂_0    = (x_t − sqrt(1 − ᾱ_t) eps) / sqrt(ᾱ_t)
+    sigma_t = eta · sqrt((1 − ᾱ_s) / (1 − ᾱ_t)) · sqrt(1 − ᾱ_t / ᾱ_s)
+    mu      = sqrt(ᾱ_s) x̂_0 + sqrt(1 − ᾱ_s − sigma_t²) eps
+    x_s     ~ N(mu, sigma_t² I)
+
+A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *) and `i` the index of the step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Process:
+    """The noise levels of the steps: `timesteps`, `abar_t`, `abar_s`, each with shape (N,), and `eta`."""
+
+    timesteps: Tensor
+    abar_t: Tensor
+    abar_s: Tensor
+    eta: float = 1.0
+
+    @classmethod
+    def from_alphas(cls, alphas_cumprod: Tensor, timesteps: Tensor, final_abar: float, eta: float = 1.0) -> "Process":
+        """`alphas_cumprod` of all training steps, the descending `timesteps` to visit, and ᾱ after the last of them."""
+        abar_t = alphas_cumprod.double()[timesteps]
+        abar_s = torch.cat([abar_t[1:], abar_t.new_tensor([final_abar])])
+        return cls(timesteps, abar_t, abar_s, eta)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def sigma(self, i: int) -> float:
+        """Standard deviation of step `i`."""
+        abar_t, abar_s = self.abar_t[i].item(), self.abar_s[i].item()
+        return self.eta * ((1 - abar_s) / (1 - abar_t)) ** 0.5 * (1 - abar_t / abar_s) ** 0.5
+
+    def eps_coefficient(self, i: int) -> float:
+        """d mu / d eps of step `i`, a scalar: mu = sqrt(ᾱ_s / ᾱ_t) x_t + eps_coefficient · eps. It is negative."""
+        abar_t, abar_s = self.abar_t[i].item(), self.abar_s[i].item()
+        return max(1 - abar_s - self.sigma(i) ** 2, 0) ** 0.5 - (abar_s * (1 - abar_t) / abar_t) ** 0.5
+
+    def kl_weight(self, i: int) -> float:
+        """w_t of KL_t = w_t ‖eps_psi − eps_pre‖², in nats. Raises ValueError for eta = 0, where there is no density."""
+        if self.sigma(i) == 0:
+            raise ValueError("eta = 0 makes the process deterministic: it has no KL divergence; use eta = 1")
+        return self.eps_coefficient(i) ** 2 / (2 * self.sigma(i) ** 2)
+
+    def predict_x0(self, i: int, x_t: Tensor, eps: Tensor) -> Tensor:
+        """x̂_0, the denoised estimate, with shape (B, *)."""
+        abar_t = self.abar_t[i].item()
+        return (x_t - (1 - abar_t) ** 0.5 * eps) / abar_t**0.5
+
+    def mean(self, i: int, x_t: Tensor, eps: Tensor) -> Tensor:
+        """mu of step `i`, with shape (B, *)."""
+        return (self.abar_s[i] / self.abar_t[i]).sqrt().item() * x_t + self.eps_coefficient(i) * eps
+
+    def step(self, i: int, x_t: Tensor, eps: Tensor, noise: Tensor) -> Tensor:
+        """x_s = mu + sigma_t · noise, with shape (B, *)."""
+        return self.mean(i, x_t, eps) + self.sigma(i) * noise
+
+    def kl(self, i: int, eps_psi: Tensor, eps_pre: Tensor) -> Tensor:
+        """KL(psi(x_s | x_t) ‖ pre(x_s | x_t)) in nats, summed over all dimensions, with shape (B,)."""
+        return self.kl_weight(i) * (eps_psi - eps_pre).square().flatten(1).sum(1)
+
+    def log_ratio(self, i: int, eps_psi: Tensor, eps_pre: Tensor, noise: Tensor) -> Tensor:
+        """log psi(x_s | x_t) − log pre(x_s | x_t) in nats at x_s = mu_psi + sigma_t · noise, with shape (B,)."""
+        cross = (self.eps_coefficient(i) / self.sigma(i)) * ((eps_psi - eps_pre) * noise).flatten(1).sum(1)
+        return self.kl(i, eps_psi, eps_pre) + cross
+
+    def log_prob(self, i: int, x_s: Tensor, x_t: Tensor, eps: Tensor) -> Tensor:
+        """log N(x_s; mu, sigma_t² I) in nats, with shape (B,)."""
+        sigma = torch.tensor(self.sigma(i), dtype=x_s.dtype, device=x_s.device)
+        return torch.distributions.Normal(self.mean(i, x_t, eps), sigma).log_prob(x_s).flatten(1).sum(1)

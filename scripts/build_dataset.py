@@ -1,0 +1,36 @@
+"""Build the offline dataset: score images by the oracle, bin the scores into labels, split by a hash of the pixels, report the refused."""
+
+import argparse
+from pathlib import Path
+
+from ctrl import data, errors, io, tracking
+from scripts.common import add_config_argument, load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder of images with metadata.csv, metadata.parquet (file_name, prompt) or samples.parquet",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for metadata.parquet, report.json and histogram.png")
+    args = parser.parse_args()
+    config = load_config(args)
+    with tracking.run(config, config["experiment"], "build_dataset", tracking_uri=config["mlflow"]["tracking_uri"]) as run:
+        table, report = data.build(args.images, config["dataset"]["image_size"], config["label"], config["dataset"]["splits"])
+        with io.atomic_folder(args.output) as folder:
+            io.write_parquet(folder / "metadata.parquet", table)
+            io.write_json(folder / "report.json", report)
+            data.histogram(table, report).savefig(folder / "histogram.png", dpi=150)
+        run.log_metrics({"num_images": report["num_images"], "num_refused": len(report["refused"])})
+        run.log_artifact(args.output)
+    print(f"{args.output}: {report['num_images']} images, {len(report['refused'])} refused")
+    for name, *counts in zip(report["label_names"], *report["counts"].values(), strict=True):
+        print(f"  {name:>20}: " + ", ".join(f"{n} {split}" for split, n in zip(report["counts"], counts, strict=True)))
+
+
+if __name__ == "__main__":
+    errors.main(main)

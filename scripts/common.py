@@ -1,0 +1,46 @@
+"""What every script shares: the `--config` argument and the checked configuration behind it."""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from ctrl.config import merge, resolve
+from ctrl.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULTS = ROOT / "config" / "config.yaml"
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.json"
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config FILE...` to a script's parser."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[DEFAULTS],
+        metavar="FILE",
+        help="YAML or JSON; laid over config/config.yaml, later files over earlier ones (default: config/config.yaml)",
+    )
+
+
+def load_config(args: argparse.Namespace) -> dict:
+    """The complete, checked configuration of `args.config`; raises UserError with one line otherwise."""
+    paths = args.config if isinstance(args.config, list) else [args.config]
+    config = merge(*(read_yaml(Path(path)) for path in [DEFAULTS, *paths]))
+    return resolve(config, json.loads(SCHEMA.read_text()), ", ".join(map(str, paths)))
+
+
+def read_yaml(path: Path) -> dict:
+    """A mapping from a YAML or JSON file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML or JSON file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path}: must hold keys and values, but it holds {type(content).__name__}")
+    return content or {}

@@ -1,0 +1,49 @@
+"""Find which labels each subject can take: the mean of p̂(y | x) over images of the pretrained model, and the cells above a minimum."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ctrl import classifier as classifiers
+from ctrl import errors
+from ctrl.data import load_images
+from ctrl.io import read_json, read_parquet, write_json
+from ctrl.pairs import possible_cells
+from scripts.common import add_config_argument, load_config
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument("--pool", type=Path, required=True, help="folder of images of the pretrained model (scripts/sample.py --per-subject)")
+    parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels' names")
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write: probability of each label for each subject, and cells")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.num_threads)
+    config = load_config(args)
+    pool, classifier = read_parquet(args.pool / "samples.parquet"), classifiers.load(args.classifier)
+    images = load_images([args.pool / name for name in pool["file_name"]])
+    p = torch.cat([classifier.log_probs(part.float() / 127.5 - 1).exp() for part in images.split(256)])
+    table = pd.DataFrame(p.numpy()).assign(subject=pool["subject"]).groupby("subject", sort=False).agg("mean")
+    cells = possible_cells(torch.tensor(table.to_numpy()), list(table.index), config["cells"]["min_probability"])
+    counts = pool["subject"].value_counts()
+    result = {
+        "subjects": list(table.index),
+        "labels": list(range(p.shape[1])),
+        "label_names": read_json(args.dataset / "report.json")["label_names"],
+        "num_images": [int(counts[s]) for s in table.index],
+        "probability": table.round(5).to_numpy(),
+        "min_probability": config["cells"]["min_probability"],
+        "cells": cells,
+    }
+    write_json(args.output, result)
+    print(f"{len(cells)} of {table.size} (subject, label) cells have probability >= {config['cells']['min_probability']}")
+
+
+if __name__ == "__main__":
+    errors.main(main)

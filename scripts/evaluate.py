@@ -1,0 +1,48 @@
+"""Score one method's samples: oracle labels, distances to rejection samples, diversity, prompts, costs, each with an interval."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ctrl import errors, evaluation, features
+from ctrl.io import read_json, write_json
+from ctrl.tracking import run
+from scripts.common import add_config_argument, load_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_config_argument(parser)
+    parser.add_argument("--method", required=True, help="the method's name, as it goes into the table")
+    parser.add_argument("--samples", type=Path, required=True, help="folder with samples.parquet and images/, from scripts/sample.py")
+    parser.add_argument("--reference", type=Path, required=True, help="the same of an independent set of rejection samples")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json: the oracle and its bins")
+    parser.add_argument("--adapter", type=Path, help="folder with adapter.json, for train_seconds and the peak memory of training")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.num_threads)
+    config = load_config(args)
+
+    report = read_json(args.dataset / "report.json")
+    samples, reference = (evaluation.load_samples(f, report["oracle"], report["num_classes"]) for f in (args.samples, args.reference))
+    settings = {}
+    if args.adapter:
+        trained = read_json(args.adapter / "adapter.json")
+        peak = max(d.get("peak_memory_mb") or 0 for d in (trained, samples.info)) or None
+        settings = {"gamma": trained.get("gamma")}
+        samples.info = trained | samples.info | {"peak_memory_mb": peak}
+    network = features.load(config["evaluation"]["features"])
+    with run(config, config["experiment"], f"evaluate {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as log:
+        result = evaluation.evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
+        result = {"method": args.method, "settings": settings, "label_names": report["label_names"]} | result
+        write_json(args.output, result)
+        log.log_metrics({name: figure["value"] for name, figure in result["metrics"].items()})
+        log.log_artifact(args.output)
+    shown = evaluation.values_of(result, ["accuracy", "macro_f1", "kid_rejection", "diversity", network.score_name])
+    print(f"{args.method} (n = {result['n']}): " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,99 @@
+"""Train a control: CTRL on a pretrained model and a calibrated classifier, to an adapter that plain diffusers loads."""
+
+import argparse
+import hashlib
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from ctrl import classifier as classifiers
+from ctrl import control as controls
+from ctrl import errors
+from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.finetune import loop
+from ctrl.finetune.objective import effective_gamma
+from ctrl.finetune.recipe import gradient_function, probe_function
+from ctrl.io import read_json
+from ctrl.labels import Categorical
+from ctrl.tracking import run
+from scripts.common import add_config_argument, load_config
+from scripts.loading import load_base, load_cells, load_oracle, log_prob_of_latents
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument("--name", default="ctrl", help="name of the adapter (default: %(default)s)")
+    parser.add_argument("--gamma", type=float, help="instead of the config's finetune.gamma")
+    parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels and the probe's oracle")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the adapter; a checkpoint in it is resumed")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, started = parse(), time.monotonic()
+    config = load_config(args)
+    settings, sampler, templates = config["finetune"], config["sampler"], config["prompts"]["templates"]
+    settings["gamma"] = settings["gamma"] if args.gamma is None else args.gamma
+    if not settings["gamma"] > 0:
+        raise errors.UserError(f"--gamma is {settings['gamma']}: it must be above 0; 1 is the exact conditional law")
+    base, process = load_base(config, args.num_threads)
+    classifier, cells = classifiers.load(args.classifier).to(base.device), load_cells(args.cells)
+    space = Categorical.from_report(read_json(args.dataset / "report.json"))
+    space.check([y for _, y in cells])
+    control = controls.Control(base, space.num_classes, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"])
+    amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
+    print(f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}", flush=True)
+
+    log_prob, oracle = log_prob_of_latents(base, classifier), load_oracle(args.dataset)
+
+    def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        return {"oracle_accuracy": float((torch.tensor(oracle(images)) == labels).double().mean())}
+
+    gradient = gradient_function(control, process, log_prob, cells, templates["train"], settings, sampler["guidance_scale"], config["seed"])
+    probe = probe_function(
+        control, process, score, cells, templates["train"], settings["probe"]["num_images"], sampler["guidance_scale"], config["seed"],
+        sampler["batch_size"],
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        control.groups(settings["learning_rate"], settings["embedding_learning_rate"]), weight_decay=settings["weight_decay"]
+    )
+    identity = [settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], (args.classifier / "config.json").read_text()]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    tags = {"method": args.name, "gamma": settings["gamma"]}
+    with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
+
+        def track(row: dict) -> None:
+            tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
+
+        history = loop.run(
+            control.parameters(), optimizer, gradient, probe, settings["num_updates"], args.output, settings["max_grad_norm"],
+            settings["checkpoint_every"], settings["probe"]["every"], digest, [track],
+        )  # fmt: skip
+        figures = {
+            "name": args.name,
+            "gamma": settings["gamma"],
+            "effective_gamma": amounts_to,
+            "finetune": settings,
+            "train_seconds": round(sum(row["seconds"] for row in history), 1),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "unet_passes": {"forward": base.passes.forward, "backward": base.passes.backward},
+            "last": history[-1],
+        }
+        described = controls.describe(control, config["base"]["path"], sampler, space.names, figures)
+        write_adapter(control, args.output, described)
+        check_in_plain_diffusers(control, process, args.output, described, cells, templates["train"])
+        loop.discard_checkpoint(args.output)
+        for file in sorted(args.output.glob("*.*")):
+            tracker.log_artifact(file)
+    print(f"{args.output}: trained in {time.monotonic() - started:.0f} s, and plain diffusers draws the trainer's own images with it")
+
+
+if __name__ == "__main__":
+    errors.main(main)

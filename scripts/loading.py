@@ -1,0 +1,74 @@
+"""From the configuration and files to the objects of the library: what several scripts load alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ctrl import base as base_models
+from ctrl import classifier as classifiers
+from ctrl.base import Base
+from ctrl.control import Control
+from ctrl.errors import UserError
+from ctrl.generate import MakeDenoiser
+from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.io import read_json
+from ctrl.oracles import get_oracle, score_to_label, to_pil
+from ctrl.process import Process
+
+
+def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Process]:
+    """The pretrained model of the config, on a GPU if there is one, and its reverse process."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = base_models.load(config["base"]["path"], config["base"]["revision"], config["base"]["dtype"], device)
+    return base, base.process(config["sampler"]["num_steps"], config["sampler"]["eta"])
+
+
+def load_method(name: str, path: Path) -> pd.Series:
+    """The row of methods.tsv; UserError naming the known ones where there is none of that name."""
+    table = pd.read_csv(path, sep="\t", keep_default_na=False).set_index("method")
+    if name not in table.index:
+        raise UserError(f"--method: {path} has no method {name!r}; it has {', '.join(table.index)}")
+    return table.loc[name]
+
+
+def load_cells(path: Path) -> list[tuple[str, int]]:
+    """The (subject, label) pairs of cells.json."""
+    return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
+
+
+def load_oracle(dataset: Path) -> Callable[[Tensor], np.ndarray]:
+    """The function from images in [-1, 1] with shape (B, 3, H, W) to their labels, with the bins of a dataset's report.json."""
+    report = read_json(dataset / "report.json")
+    oracle = get_oracle(report["oracle"])
+    return lambda images: score_to_label(np.array([oracle(image) for image in to_pil(images)]), report["edges"], report["descending"])
+
+
+def log_prob_of_latents(base: Base, classifier: classifiers.Classifier) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """log p̂(y | decode(x_0)) in nats with shape (B,), from latents, labels and a factor on the temperature; differentiable."""
+    return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
+
+
+def pretrained_denoiser(base: Base, process: Process, config: dict) -> MakeDenoiser:
+    """The pretrained model, whatever the labels."""
+    return lambda prompts, labels: base.denoiser(process, prompts, config["sampler"]["guidance_scale"])
+
+
+def adapter_denoiser(control: Control, process: Process, config: dict, strength: float) -> MakeDenoiser:
+    """The pretrained model with a trained control."""
+    scale = config["sampler"]["guidance_scale"]
+    return lambda prompts, labels: control.denoiser(process, prompts, labels, scale, strength)
+
+
+def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float) -> MakeDenoiser:
+    """The pretrained model under reconstruction guidance."""
+    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
+    pretrained = pretrained_denoiser(base, process, config)
+    return lambda prompts, labels: reconstruction_guidance(
+        pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale
+    )

@@ -1,0 +1,109 @@
+"""Draw images by one method of config/methods.tsv: a folder of PNGs with a table of prompts, labels, seeds and costs."""
+
+import argparse
+import resource
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from ctrl import classifier as classifiers
+from ctrl import control as controls
+from ctrl import errors
+from ctrl.generate import generate, path_figures, reject
+from ctrl.io import atomic_folder, read_json, write_json, write_parquet
+from ctrl.oracles import to_pil
+from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
+from ctrl.tracking import run
+from scripts.common import add_config_argument, load_config
+from scripts.loading import adapter_denoiser, guidance_denoiser, load_base, load_cells, load_method, load_oracle, log_prob_of_latents, pretrained_denoiser
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument("--method", required=True, help="a row of --methods")
+    parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
+    parser.add_argument("--split", choices=list(SEED_OFFSETS), required=True, help="whose prompt templates and seeds")
+    parser.add_argument("--per-subject", type=int, metavar="N", help="N images of each subject, without a label")
+    parser.add_argument("--cells", type=Path, help="cells.json: ask for the (subject, label) pairs that it lists")
+    parser.add_argument("--per-label", type=int, metavar="N", help="with --cells: N images a label")
+    parser.add_argument("--adapter", type=Path, help="folder of the trained adapter, for a fine-tuned method")
+    parser.add_argument("--strength", type=float, help="eps_pre + strength * (eps_psi - eps_pre) (default: the method's)")
+    parser.add_argument("--classifier", type=Path, help="folder of the classifier, for a guided method")
+    parser.add_argument("--tuning", type=Path, help="JSON of scripts/tune.py with the guidance scale, for a guided method")
+    parser.add_argument("--dataset", type=Path, help="folder with report.json, whose bins the oracle uses, for rejection")
+    parser.add_argument("--seed-offset", type=int, default=0, help="added to every seed: another offset, an independent set")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write: images/*.png, samples.parquet, samples.json")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    args = parser.parse_args()
+    if (args.per_subject is None) == (args.cells is None) or (args.cells is None) != (args.per_label is None):
+        parser.error("give either --per-subject, or --cells and --per-label")
+    return args
+
+
+def figures_of_adapter(control, process, config, args, psi, samples, num_images: int = 256) -> dict:
+    """What training cost, and with a classifier at hand how far the paths of some of the samples are from the optimum."""
+    adapter, base, scale = read_json(args.adapter / "adapter.json"), control.base, config["sampler"]["guidance_scale"]
+    figures = {"train_seconds": adapter["train_seconds"], "train_peak_memory_mb": adapter["peak_memory_mb"]}
+    if args.classifier:
+        log_prob = log_prob_of_latents(base, classifiers.load(args.classifier).to(base.device))
+        rows = samples.sample(min(num_images, len(samples)), random_state=0)
+        figures |= path_figures(
+            base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, adapter["gamma"],
+            config["sampler"]["batch_size"],
+        )  # fmt: skip
+    return figures
+
+
+def main() -> None:
+    args = parse()
+    config = load_config(args)
+    method = load_method(args.method, args.methods)
+    needs = {"finetune": ["adapter"], "guidance": ["classifier", "tuning"], "rejection": ["dataset", "cells"]}.get(method["family"], [])
+    if missing := [f"--{name}" for name in needs if getattr(args, name) is None]:
+        raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
+    base, process = load_base(config, args.num_threads)
+    templates, batch_size = config["prompts"]["templates"][args.split], config["sampler"]["batch_size"]
+    first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
+    if args.cells:
+        rows = table_of_cells(load_cells(args.cells), templates, args.per_label, first_seed)
+    else:
+        rows = table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
+
+    if method["family"] == "finetune":
+        strength = float(method["strength"]) if args.strength is None else args.strength
+        control = controls.load(base, args.adapter)
+        make_denoiser = adapter_denoiser(control, process, config, strength)
+    elif method["family"] == "guidance":
+        make_denoiser = guidance_denoiser(base, process, config, args.classifier, read_json(args.tuning)["best"]["scale"])
+    else:
+        make_denoiser = pretrained_denoiser(base, process, config)
+    if method["family"] == "rejection":
+        batches = reject(base, process, rows, make_denoiser, batch_size, load_oracle(args.dataset), first_seed)
+    else:
+        batches = generate(base, process, rows, make_denoiser, batch_size)
+
+    with run(config, config["experiment"], f"sample {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
+        with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:
+            (folder / "images").mkdir()
+            tables = []
+            for images, table in batches:
+                names = [f"images/{bar.n + k:06d}.png" for k in range(len(table))]
+                for image, name in zip(to_pil(images), names, strict=True):
+                    image.save(folder / name)
+                tables.append(table.assign(file_name=names))
+                bar.update(len(table))
+            samples = pd.concat(tables, ignore_index=True)
+            write_parquet(folder / "samples.parquet", samples)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(peak, 1)}
+            if method["family"] == "finetune":
+                info |= figures_of_adapter(control, process, config, args, make_denoiser, samples)
+            write_json(folder / "samples.json", info)
+        tracker.log_metrics({name: samples[name].mean() for name in ("nfe_forward", "nfe_backward", "seconds")}, 0)
+        tracker.log_artifact(args.output / "samples.parquet")
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,73 @@
+"""Train p(y | x) on the offline dataset, calibrate it on a split of its own, and measure it on held-out and on generated images."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from ctrl import classifier as classifiers
+from ctrl import errors, io, oracles, tracking
+from ctrl.data import load_images
+from scripts.common import add_config_argument, load_config
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with metadata.parquet and report.json")
+    parser.add_argument("--generated", type=Path, help="folder of generated images with samples.parquet, to be measured on too")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for model.safetensors, config.json, metrics.json, reliability.png"
+    )
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    return parser.parse_args()
+
+
+def load_generated(folder: Path, report: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generated images, uint8 with shape (N, 3, H, W), and their labels by the oracle, shape (N,)."""
+    images = load_images(folder / name for name in io.read_parquet(folder / "samples.parquet")["file_name"])
+    oracle = oracles.get_oracle(report["oracle"])
+    scores = [oracle(image) for image in oracles.to_pil(images / 127.5 - 1)]
+    return images, torch.from_numpy(oracles.score_to_label(scores, report["edges"], report["descending"]))
+
+
+def main() -> None:
+    args, started = parse(), time.perf_counter()
+    config = load_config(args)
+    torch.set_num_threads(args.num_threads)
+    report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
+    images = load_images(table["path"])
+    settings = config["classifier"]
+    keys = ("num_classes", "descending", "edges", "oracle", "unit", "label_names", "image_size")
+    description = {"network": settings["network"], "head": settings["head"], **{k: report[k] for k in keys}}
+    if settings["network"] == "clip":
+        description["clip"] = settings.get("clip", {"model": "ViT-L-14", "pretrained": "openai"})
+
+    name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
+    with tracking.run(config, config["experiment"], name, {"network": settings["network"]}, uri) as run:
+        scores = table[f"score_{report['oracle']}"]
+        classifier, history = classifiers.fit(images, scores, table["label"], table["split"], description, settings, config["seed"])
+        for row in history:
+            run.log_metrics(row, row["epoch"])
+        held_out = table[table["split"] == "val"]
+        sets = {"val": (images[held_out.index.tolist()], torch.tensor(held_out["label"].tolist()))}
+        if args.generated:
+            sets["generated"] = load_generated(args.generated, report)
+        panels = {s: (classifiers.predict(classifier, x), y) for s, (x, y) in sets.items()}
+        results = {s: classifiers.evaluate(*panel) for s, panel in panels.items()}
+        best = min(history, key=lambda row: row["val_loss"])["epoch"]
+        results = {"generated": None, **results, "temperature": classifier.temperature.item(), "epoch": best}
+        with io.atomic_folder(args.output) as folder:
+            classifiers.save(folder, classifier)
+            io.write_json(folder / "metrics.json", results | {"train_seconds": round(time.perf_counter() - started, 2)})
+            classifiers.reliability_diagram(panels).savefig(folder / "reliability.png", dpi=150)
+        run.log_metrics(results)
+        run.log_artifact(args.output)
+    for s in sets:
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in results[s]["after"].items())
+        print(f"{s} (n = {results[s]['n']}): {figures}")
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,66 @@
+"""Choose a guided method's scale on validation prompts: every scale of the config draws the same images, and is scored like the table."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ctrl import errors, features
+from ctrl.evaluation import Samples, evaluate, load_samples, score_images, values_of
+from ctrl.figures import tuning_sweep
+from ctrl.generate import generate
+from ctrl.io import read_json, write_json
+from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
+from ctrl.tracking import run
+from scripts.common import add_config_argument, load_config
+from scripts.loading import guidance_denoiser, load_base, load_cells, load_method
+from tqdm import tqdm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_config_argument(parser)
+    parser.add_argument("--method", required=True, help="a guided method of --methods, with its scales in the config's tuning section")
+    parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
+    parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to ask for")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, whose bins the oracle uses")
+    parser.add_argument("--reference", type=Path, required=True, help="folder of rejection samples on the validation prompts")
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write: the sweep and the best scale")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    args = parser.parse_args()
+    config, method = load_config(args), load_method(args.method, args.methods)
+    if method["family"] != "guidance" or args.method not in config["tuning"]:
+        raise errors.UserError(f"--method: {args.method} is no guided method with a scale to tune (config key tuning.{args.method})")
+    base, process = load_base(config, args.num_threads)
+    report, network = read_json(args.dataset / "report.json"), features.load(config["evaluation"]["features"])
+    reference = load_samples(args.reference, report["oracle"], report["num_classes"])
+    cells = load_cells(args.cells)
+    per_label = config["tuning"]["num_images"] // report["num_classes"]
+    first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS["val"]
+    rows = table_of_cells(cells, config["prompts"]["templates"]["val"], per_label, first_seed)
+
+    sweep = []
+    with run(config, config["experiment"], f"tune {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
+        for scale in tqdm(config["tuning"][args.method]["scale"], desc=f"tuning {args.method}", unit="scale"):
+            make_denoiser = guidance_denoiser(base, process, config, args.classifier, scale)
+            images, tables = zip(*generate(base, process, rows, make_denoiser, config["sampler"]["batch_size"]), strict=True)
+            pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
+            table = pd.concat(tables).assign(file_name="", score=score_images(pixels, report["oracle"]))
+            samples = Samples(args.output, table, pixels, {})
+            figures = evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
+            names = ["accuracy", "macro_f1", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]
+            sweep.append({"scale": scale, "n": len(table), **values_of(figures, names)})
+            tracker.log_metrics({key: value for key, value in sweep[-1].items() if key != "scale"}, len(sweep))
+        best = choose_setting(sweep)
+        write_json(args.output, {"method": args.method, "num_images": len(rows), "best": {"scale": best["scale"]}, "sweep": sweep})
+        figure = args.output.with_suffix(".png")
+        tuning_sweep(sweep, args.method, best["scale"], figure)
+        tracker.log_artifact(args.output)
+        tracker.log_artifact(figure)
+    print(f"{args.method}: scale {best['scale']:g} of {len(sweep)}, accuracy {best['accuracy']:.3f} on {best['n']} images")
+
+
+if __name__ == "__main__":
+    errors.main(main)

@@ -1,0 +1,142 @@
+"""The trainer's gradient: against automatic differentiation of the whole objective, finite differences, and cases known by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from ctrl.finetune.backprop import backprop
+from ctrl.finetune.objective import annealed, effective_gamma, within_cell_variance
+from ctrl.process import Process
+
+ABAR = torch.tensor([0.05, 0.3, 0.7])
+PROCESS = Process(torch.tensor([900, 500, 100]), ABAR, torch.tensor([0.3, 0.7, 0.98]))
+
+
+class Toy(nn.Module):
+    """A denoiser on two numbers with its own parameters at every step."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.weight = nn.Parameter(0.3 * torch.randn(3, 2, 2))
+        self.double()
+
+    def forward(self, x, i):
+        return torch.tanh(x @ self.weight[i])
+
+
+PRE = Toy(1).requires_grad_(False)
+
+
+def log_prob(x):
+    return -(x - 1).square().sum(1)
+
+
+def objective(psi, noise, gamma, kl_weight):
+    """The definition, step by step: −gamma log p + kl_weight Σ KL of two Gaussians, summed over the batch."""
+    x, kl = noise[0], 0.0
+    for i in range(3):
+        laws = [torch.distributions.Normal(PROCESS.mean(i, x, net(x, i)), PROCESS.sigma(i)) for net in (psi, PRE)]
+        kl = kl + torch.distributions.kl_divergence(*laws).sum()
+        x = laws[0].mean + PROCESS.sigma(i) * noise[i + 1]
+    return -gamma * log_prob(x).sum() + kl_weight * kl
+
+
+@pytest.fixture
+def noise():
+    torch.manual_seed(0)
+    return torch.randn(4, 5, 2).double()
+
+
+@pytest.mark.parametrize(("gamma", "kl_weight"), [(1.0, 1.0), (10.0, 1.0), (0.1, 0.01), (1.0, 0.0)])
+def test_full_gradient_is_that_of_the_objective(noise, gamma, kl_weight):
+    psi = Toy()
+    objective(psi, noise, gamma, kl_weight).backward()
+    expected, psi.weight.grad = psi.weight.grad, None
+    backprop(PROCESS, psi, PRE, log_prob, noise, gamma, kl_weight)
+    assert torch.allclose(psi.weight.grad, expected, rtol=1e-5)
+
+
+def test_shares_of_micro_batches_add_up(noise):
+    psi = Toy()
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0, share=1 / 5)
+    expected, psi.weight.grad = psi.weight.grad, None
+    for part in (slice(0, 2), slice(2, 5)):
+        backprop(PROCESS, psi, PRE, log_prob, noise[:, part], 2.0, share=1 / 5)
+    assert torch.allclose(psi.weight.grad, expected)
+
+
+def test_all_steps_followed_is_no_truncation(noise):
+    psi = Toy()
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0)
+    expected, psi.weight.grad = psi.weight.grad, None
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0, num_grad_steps=torch.full((5,), 3))
+    assert torch.allclose(psi.weight.grad, expected)
+
+
+def test_truncation_cuts_the_reward_and_keeps_every_local_kl(noise):
+    """With K = 1 the reward reaches the last step's weights alone; the steps before get d KL_t at a detached x_t, and nothing else."""
+    psi = Toy()
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0, num_grad_steps=torch.ones(5, dtype=torch.long))
+    truncated, expected, x = psi.weight.grad, torch.zeros(3, 2, 2).double(), noise[0]
+    for i in range(3):
+        psi.weight.grad = None
+        eps = psi(x, i)
+        loss = PROCESS.kl(i, eps, PRE(x, i)).sum()
+        x_s = PROCESS.step(i, x, eps, noise[i + 1])
+        (loss - 2.0 * log_prob(x_s).sum() if i == 2 else loss).backward()
+        expected += psi.weight.grad
+        x = x_s.detach()
+    assert torch.allclose(truncated, expected, rtol=1e-6)
+
+
+def test_each_trajectory_has_its_own_cut(noise):
+    psi, cuts = Toy(), torch.tensor([1, 3, 2, 1, 3])
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0, num_grad_steps=cuts)
+    together, psi.weight.grad = psi.weight.grad, None
+    for k in range(5):
+        backprop(PROCESS, psi, PRE, log_prob, noise[:, k : k + 1], 2.0, num_grad_steps=cuts[k : k + 1])
+    assert torch.allclose(psi.weight.grad, together)
+
+
+def test_at_the_start_there_is_no_divergence(noise):
+    psi = Toy()
+    psi.load_state_dict(PRE.state_dict())
+    figures = backprop(PROCESS, psi, PRE, log_prob, noise, 2.0)
+    assert figures["kl_nats"].abs().max() == 0 and figures["log_ratio"].abs().max() == 0
+    assert figures["log_prob"].shape == (5,) and psi.weight.grad.abs().max() > 0
+
+
+def test_effective_gamma_of_the_published_recipe():
+    assert effective_gamma(0.1, 0.01, "mean", 4 * 64 * 64) == pytest.approx(163_840)
+    assert effective_gamma(3.0, 1.0, "sum", 256) == 3.0
+
+
+def test_annealing_is_geometric():
+    assert [annealed(u, 4.0, 10) for u in (0, 5, 10, 99)] == pytest.approx([4.0, 2.0, 1.0, 1.0])
+    assert annealed(0, 4.0, 0) == 1.0
+
+
+def test_within_cell_variance_ignores_the_cells_means():
+    log_w = torch.tensor([1.0, 3.0, 10.0, 10.0, 7.0])
+    assert within_cell_variance(log_w, ["a", "a", "b", "b", "c"]) == pytest.approx(2.0 / 2)
+    assert within_cell_variance(torch.tensor([5.0, 5.0, 9.0, 9.0]), [0, 0, 1, 1]) == 0
+
+
+def test_var_log_w_is_zero_at_the_optimum():
+    """One step, Gaussian prior, log p(y|x) = a·x: the optimum shifts the mean by a sigma², and there log w is constant."""
+    process = Process(torch.tensor([500]), torch.tensor([0.3]), torch.tensor([0.9]))
+    a, sigma, c = torch.tensor([0.7, -1.2]).double(), process.sigma(0), process.eps_coefficient(0)
+    shift = sigma**2 * a / c
+    noise = torch.randn(2, 50, 2).double()
+    weight = nn.Parameter(torch.zeros(2).double())
+
+    def psi(x, i):
+        return 0.1 * x + shift + weight
+
+    figures = backprop(process, psi, lambda x, i: 0.1 * x, lambda x: x @ a, noise, 1.0, share=1 / 50)
+    log_w = figures["log_prob"] - figures["log_ratio"]
+    # x_T varies, and with it the constant: remove what is linear in it.
+    residual = log_w - process.mean(0, noise[0], 0.1 * noise[0]) @ a
+    assert residual.var() < 1e-20
+    assert weight.grad.abs().max() < 1e-12, "the optimum is stationary"

@@ -1,0 +1,164 @@
+"""Files are complete or absent: what is written comes back, and a failure leaves what was there before."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from ctrl import errors, io
+from ctrl.errors import UserError
+
+WRITERS = {
+    "json": lambda path: io.write_json(path, {"a": list(range(10_000))}),
+    "text": lambda path: io.write_text(path, "long " * 10_000),
+    "parquet": lambda path: io.write_parquet(path, pd.DataFrame({"x": np.random.default_rng(0).normal(size=10_000)})),
+    "tensors": lambda path: io.save_tensors(path, {"x": torch.randn(10_000)}),
+}
+
+
+@pytest.fixture
+def no_big_files():
+    """The operating system itself refuses files above 1 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def raise_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_round_trips(tmp_path):
+    io.write_json(tmp_path / "new" / "a.json", {"n": np.int64(3), "x": torch.tensor([1.5]), "nan": float("nan"), "p": tmp_path, "b": True})
+    assert io.read_json(tmp_path / "new" / "a.json") == {"n": 3, "x": [1.5], "nan": None, "p": str(tmp_path), "b": True}
+    table = pd.DataFrame({"a": [1, 2], "b": ["x", "ß"]}, index=[5, 6])
+    io.write_parquet(tmp_path / "t.parquet", table)
+    pd.testing.assert_frame_equal(io.read_parquet(tmp_path / "t.parquet"), table.reset_index(drop=True))
+    tensors = {"w": torch.randn(3, 4).T, "i": torch.arange(3)}
+    io.save_tensors(tmp_path / "t.safetensors", tensors, {"base": "abc"})
+    back = io.load_tensors(tmp_path / "t.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())
+    assert io.load_metadata(tmp_path / "t.safetensors") == {"base": "abc"}
+    io.write_text(tmp_path / "a.txt", "é")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "é"
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_refused_by_the_system(tmp_path, kind, no_big_files):
+    path = tmp_path / "out"
+    path.write_text("before")
+    with pytest.raises(UserError, match=f"cannot write {path}"):
+        WRITERS[kind](path)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_disk_full_leaves_nothing(tmp_path, kind, call, monkeypatch):
+    monkeypatch.setattr(os, call, raise_full)
+    with pytest.raises(UserError, match="out: No space left on device"):
+        WRITERS[kind](tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        io.write_text(tmp_path / "out", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_unwritable_parent(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        io.write_text(tmp_path / "file" / "a.txt", "text")
+
+
+def test_atomic_folder_replaces_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with io.atomic_folder(path) as folder:
+        assert folder.parent == path.parent and not path.exists()
+        (folder / "a").write_text("a")
+    with io.atomic_folder(path) as folder:
+        assert (path / "a").exists() and not os.listdir(folder)
+        (folder / "b").write_text("b")
+    assert os.listdir(path) == ["b"] and os.listdir(path.parent) == ["folder"]
+
+
+FAILURES = {
+    "disk full": (lambda folder: raise_full(), UserError),
+    "disk full in Rust": (
+        lambda folder: (_ for _ in ()).throw(SafetensorError("I/O error: No space left on device (os error 28)")),
+        UserError,
+    ),
+    "program": (lambda folder: {}["x"], KeyError),
+    "missing input": (lambda folder: (folder / "missing").read_text(), FileNotFoundError),
+    "user": (lambda folder: io.read_json(folder / "missing"), UserError),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_atomic_folder_keeps_the_old_one_on_failure(tmp_path, name):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "before").write_text("")
+    fail, expected = FAILURES[name]
+    with pytest.raises(expected, match="folder" if expected is UserError else None), io.atomic_folder(path) as folder:
+        (folder / "half").write_text("")
+        fail(folder)
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["before"]
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    code = (
+        f"import os; from ctrl import io\nwith io.atomic_folder({str(tmp_path / 'out')!r}) as f: (f / 'half').write_text(''); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert os.listdir(tmp_path) == [".out.tmp"]
+    with io.atomic_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["whole"]
+
+
+@pytest.mark.parametrize("read", [io.read_json, io.read_parquet, io.load_tensors, io.load_metadata])
+def test_missing_and_corrupt(tmp_path, read):
+    path = tmp_path / "file"
+    with pytest.raises(UserError, match="file is missing"):
+        read(path)
+    with pytest.raises(UserError, match="is a folder"):
+        read(tmp_path)
+    for content in (b"", b"\xff\x00{", b"garbage" * 100):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="file is corrupt"):
+            read(path)
+
+
+def test_truncated_tensors(tmp_path):
+    io.save_tensors(tmp_path / "x", {"x": torch.randn(1000)})
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    with pytest.raises(UserError, match="corrupt"):
+        io.load_tensors(tmp_path / "x")
+
+
+def test_main_prints_one_line(capsys):
+    def fail():
+        raise UserError("no\nprompt column")
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.main(fail)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: no prompt column\n"
+    errors.main(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        errors.main(lambda: 1 / 0)

@@ -1,0 +1,155 @@
+# All Python of the workflow: the checked configuration, the table of methods, which code decides which result.
+#
+# Needs  config (from the configfiles), config/methods.tsv, workflow/schemas/*.json
+# Makes  results/{experiment}/config.json, the complete configuration that every script is given
+
+import csv
+import json
+import os
+import sys
+from functools import reduce
+from pathlib import Path
+
+ROOT = Path(workflow.basedir)
+sys.path.insert(0, str(ROOT))
+# Jobs use the Python that runs Snakemake, whether or not its environment is activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+from ctrl.config import check, resolve
+from ctrl.errors import UserError
+
+
+def read_schema(name: str) -> dict:
+    return json.loads((ROOT / "workflow" / "schemas" / f"{name}.schema.json").read_text())
+
+
+def read_methods(path: str) -> dict[str, dict]:
+    """The rows of methods.tsv by the name of the method."""
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f, delimiter="\t"))
+    for row in rows:
+        check(row, read_schema("methods"), f"{path}, method {row.get('method')}")
+    return {row["method"]: row for row in rows}
+
+
+def write_config(path: Path) -> None:
+    """Writes the configuration where it differs from what is there."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+try:
+    resolved = resolve(json.loads(json.dumps(config)), read_schema("config"))
+    METHODS = read_methods("config/methods.tsv")
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)  # a plain exit would be wrapped in a traceback
+config.clear()
+config.update(resolved)
+
+EXPERIMENT = config["experiment"]
+RESULTS = f"results/{EXPERIMENT}"
+REFERENCE_SEED_OFFSET = 1_000_000  # a second, independent set of rejection samples: the reference of every distance
+CORES = workflow._cores or 2  # a heavy job takes all cores of a laptop, so that no two run at once, and this many on a cluster
+write_config(Path(RESULTS) / "config.json")
+
+
+wildcard_constraints:
+    experiment=EXPERIMENT,
+    method="[A-Za-z0-9_.]+",
+    adapter="[A-Za-z0-9_.]+",
+    table="results|paper",
+
+
+# The code whose change alters a result: an input of the rule. (Snakemake does not see edits of an imported package.)
+CORE = ["scripts/loading.py", "ctrl/base.py", "ctrl/process.py", "ctrl/sampling.py", "ctrl/generate.py", "ctrl/oracles.py", "ctrl/pairs.py"]
+CLASSIFIER = ["ctrl/classifier.py", "ctrl/dct.py"]
+CONTROL = ["ctrl/control.py"]
+GUIDANCE = [*CLASSIFIER, "ctrl/guidance/reconstruction.py"]
+CODE = {
+    "pretrain": ["scripts/pretrain.py", "ctrl/pretrain.py", "ctrl/data.py", "ctrl/dct.py"],
+    "train_garments": ["scripts/train_garments.py", "ctrl/features.py", "ctrl/data.py"],
+    "unpack_images": ["scripts/unpack_images.py", "ctrl/data.py"],
+    "build_dataset": ["scripts/build_dataset.py", "ctrl/data.py", "ctrl/oracles.py"],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/metrics.py"],
+    "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
+    "sample": ["scripts/sample.py", *CORE],
+    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, "ctrl/evaluation.py", "ctrl/features.py", "ctrl/metrics.py"],
+    "finetune": ["scripts/finetune.py", *CORE, *CLASSIFIER, *CONTROL, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py"]
+    + sorted(map(str, Path("ctrl/finetune").glob("*.py"))),
+    "evaluate": ["scripts/evaluate.py", "ctrl/evaluation.py", "ctrl/metrics.py", "ctrl/features.py", "ctrl/oracles.py", "ctrl/data.py"],
+    "tabulate": ["scripts/tabulate.py"],
+    "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py"],
+    "plot_sweep": ["scripts/plot_sweep.py", "ctrl/figures.py"],
+}
+IMAGES, TABLES = {  # the folder of images behind the dataset, and the table in it
+    "embedded": (f"{RESULTS}/images", ["metadata.csv"]),
+    "generated": (f"{RESULTS}/generated", ["samples.parquet"]),
+    "folder": (config["dataset"]["path"], ["metadata.csv", "metadata.parquet"]),
+}[config["dataset"]["kind"]]
+TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists()), f"{IMAGES}/{TABLES[0]}")
+
+
+def files_of(folder: str) -> list[str]:
+    """The files of a local model; nothing for a name on a hub."""
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+
+
+def sections(*keys: str) -> str:
+    """Parts of the configuration as text, by dotted keys: with it in its params, a rule runs again when they change, and only then."""
+    parts = {key: reduce(dict.__getitem__, key.split("."), config) for key in keys}
+    if "finetune" in parts:  # gamma is an argument of its own
+        parts["finetune"] = {key: value for key, value in parts["finetune"].items() if key != "gamma"}
+    return json.dumps(parts)
+
+
+def methods(table: str) -> list[str]:
+    """The rows of a table: `results` has those of the demo, `paper` all."""
+    return [name for name, row in METHODS.items() if table == "paper" or row["run"] == "demo"]
+
+
+def adapters(table: str) -> list[str]:
+    return list(dict.fromkeys(METHODS[name]["adapter"] for name in methods(table) if METHODS[name]["adapter"]))
+
+
+def gamma_of(adapter: str) -> float:
+    """`ctrl_gamma3` is trained with gamma 3, every other adapter with the configured one."""
+    return float(adapter.removeprefix("ctrl_gamma")) if adapter.startswith("ctrl_gamma") else config["finetune"]["gamma"]
+
+
+def row_of(name: str) -> dict:
+    """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3` CTRL with gamma 3."""
+    base = "ctrl" if name.startswith("ctrl_gamma") else name.removesuffix("_reference")
+    return METHODS.get(name) or {**METHODS[base], "adapter": name if base == "ctrl" else METHODS[base]["adapter"]}
+
+
+def sample_needs(wildcards) -> dict[str, str]:
+    """What sampling by a method takes beside the base model, by the name of the script's argument."""
+    row = row_of(wildcards.method)
+    needs = {"adapter": f"{RESULTS}/adapters/{row['adapter']}/adapter.json"} if row["adapter"] else {}
+    if row["guidance"]:
+        needs |= {"classifier": f"{RESULTS}/classifier/model.safetensors", "tuning": f"{RESULTS}/tuning/{row['guidance']}.json"}
+    return needs | ({"dataset": f"{RESULTS}/dataset/report.json"} if row["family"] == "rejection" else {})
+
+
+def evaluate_needs(wildcards) -> dict[str, str]:
+    return {name: path for name, path in sample_needs(wildcards).items() if name == "adapter"}
+
+
+def flags(needs: dict[str, str]) -> list[str]:
+    """The same as arguments: the file for the tuning, the folder for all else."""
+    return [text for name, path in needs.items() for text in (f"--{name}", path if name == "tuning" else os.path.dirname(path))]
+
+
+def sample_code(wildcards) -> list[str]:
+    row = row_of(wildcards.method)
+    return CODE["sample"] + (CONTROL if row["adapter"] else GUIDANCE if row["guidance"] else [])
+
+
+def all_targets(table: str = "results") -> list[str]:
+    figures = "figures" if table == "results" else f"figures_{table}"
+    return [f"{RESULTS}/{name}" for name in (f"tables/{table}.csv", f"{figures}/teaser.png", "classifier/reliability.png")]

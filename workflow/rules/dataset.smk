@@ -1,0 +1,98 @@
+# The offline dataset: images with prompts, and from the oracle their scores and labels.
+#
+# Needs  resources/fashion-mnist (dataset.kind embedded), a folder of images (folder), or the base model (generated)
+# Makes  results/{experiment}/dataset/{metadata.parquet, report.json, histogram.png}
+
+
+rule unpack_images:
+    """Fashion-MNIST's 10,000 test images, which the base model has never seen, as PNG files with a table of prompts."""
+    input:
+        code=CODE["unpack_images"],
+        images="resources/fashion-mnist/t10k-images-idx3-ubyte.gz",
+        labels="resources/fashion-mnist/t10k-labels-idx1-ubyte.gz",
+    output:
+        metadata="results/{experiment}/images/metadata.csv",
+    log:
+        "results/{experiment}/logs/unpack_images.txt",
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("prompts.templates.train", "dataset.image_size"),
+        idx="resources/fashion-mnist",
+        output="results/{experiment}/images",
+    shell:
+        """
+        python scripts/unpack_images.py \
+            --config {params.config:q} \
+            --idx {params.idx:q} \
+            --split t10k \
+            --output {params.output:q} 2>&1 | tee {log:q}
+        """
+
+
+rule generate_images:
+    """For dataset.kind generated: images of the base model on training prompts."""
+    input:
+        code=CODE["sample"],
+        base=files_of(config["base"]["path"]),
+    output:
+        samples="results/{experiment}/generated/samples.parquet",
+    log:
+        "results/{experiment}/logs/generate_images.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/generate_images.tsv"
+    threads: CORES
+    resources:
+        mem_mb=8000,
+        runtime=720,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "prompts.subjects", "prompts.templates.train"),
+        per_subject=-(-config["dataset"]["num_generated"] // len(config["prompts"]["subjects"])),
+        seed_offset=REFERENCE_SEED_OFFSET // 2,
+        output="results/{experiment}/generated",
+    shell:
+        """
+        python scripts/sample.py \
+            --config {params.config:q} \
+            --method pretrained \
+            --split train \
+            --per-subject {params.per_subject} \
+            --seed-offset {params.seed_offset} \
+            --output {params.output:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+rule build_dataset:
+    """Scores by the oracle, labels by bins, splits by a hash of each image."""
+    input:
+        code=CODE["build_dataset"],
+        table=TABLE,
+    output:
+        metadata="results/{experiment}/dataset/metadata.parquet",
+        report="results/{experiment}/dataset/report.json",
+        histogram=report(
+            "results/{experiment}/dataset/histogram.png",
+            caption="../report/dataset.rst",
+            category="1 Dataset",
+        ),
+    log:
+        "results/{experiment}/logs/build_dataset.txt",
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("dataset", "label"),
+        images=IMAGES,
+        output="results/{experiment}/dataset",
+    shell:
+        """
+        python scripts/build_dataset.py \
+            --config {params.config:q} \
+            --images {params.images:q} \
+            --output {params.output:q} 2>&1 | tee {log:q}
+        """

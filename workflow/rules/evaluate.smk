@@ -1,0 +1,63 @@
+# Every method's figures by one script: the oracle relabels the images, and rejection samples are the reference of the distances.
+#
+# Needs  results/{experiment}/{samples, samples_val}/{method}, the network of the features
+# Makes  results/{experiment}/{evaluation, evaluation_val}/{method}.json
+
+
+rule evaluate:
+    """On test prompts: a row of the table."""
+    input:
+        unpack(evaluate_needs),
+        code=CODE["evaluate"],
+        features=files_of(config["evaluation"]["features"]),
+        samples="results/{experiment}/samples/{method}/samples.parquet",
+        reference="results/{experiment}/samples/rejection_reference/samples.parquet",
+        report="results/{experiment}/dataset/report.json",
+    output:
+        evaluation="results/{experiment}/evaluation/{method}.json",
+    log:
+        "results/{experiment}/logs/evaluate_{method}.txt",
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "evaluation.num_bootstrap", "evaluation.num_neighbours", "evaluation.features"),
+        samples="results/{experiment}/samples/{method}",
+        reference="results/{experiment}/samples/rejection_reference",
+        dataset="results/{experiment}/dataset",
+        adapter=lambda wildcards: flags(evaluate_needs(wildcards)),
+    shell:
+        """
+        python scripts/evaluate.py \
+            --config {params.config:q} \
+            --method {wildcards.method:q} \
+            --samples {params.samples:q} \
+            --reference {params.reference:q} \
+            --dataset {params.dataset:q} \
+            {params.adapter:q} \
+            --output {output.evaluation:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+use rule evaluate as evaluate_val with:
+    input:
+        unpack(evaluate_needs),
+        code=CODE["evaluate"],
+        features=files_of(config["evaluation"]["features"]),
+        samples="results/{experiment}/samples_val/{method}/samples.parquet",
+        reference="results/{experiment}/samples_val/rejection/samples.parquet",
+        report="results/{experiment}/dataset/report.json",
+    output:
+        evaluation="results/{experiment}/evaluation_val/{method}.json",
+    log:
+        "results/{experiment}/logs/evaluate_val_{method}.txt",
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "evaluation.num_bootstrap", "evaluation.num_neighbours", "evaluation.features"),
+        samples="results/{experiment}/samples_val/{method}",
+        reference="results/{experiment}/samples_val/rejection",
+        dataset="results/{experiment}/dataset",
+        adapter=lambda wildcards: flags(evaluate_needs(wildcards)),

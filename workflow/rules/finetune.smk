@@ -1,0 +1,88 @@
+# What each method is given before it samples: an adapter, or a guidance scale.
+#
+# Needs  results/{experiment}/{dataset, classifier, cells.json}, the base model
+# Makes  results/{experiment}/adapters/{adapter}  LoRA, label embedding, adapter.json, model card, history.jsonl
+#        results/{experiment}/tuning/{guidance}.json
+
+
+rule finetune:
+    """CTRL: entropy-regularised fine-tuning of an adapter. A killed run goes on from its checkpoint."""
+    input:
+        code=CODE["finetune"],
+        base=files_of(config["base"]["path"]),
+        classifier="results/{experiment}/classifier/model.safetensors",
+        cells="results/{experiment}/cells.json",
+        report="results/{experiment}/dataset/report.json",
+    output:
+        lora="results/{experiment}/adapters/{adapter}/pytorch_lora_weights.safetensors",
+        embedding="results/{experiment}/adapters/{adapter}/label_embedding.safetensors",
+        adapter="results/{experiment}/adapters/{adapter}/adapter.json",
+        card="results/{experiment}/adapters/{adapter}/README.md",
+        history="results/{experiment}/adapters/{adapter}/history.jsonl",
+    log:
+        "results/{experiment}/logs/finetune_{adapter}.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/finetune_{adapter}.tsv"
+    threads: CORES
+    resources:
+        mem_mb=16000,
+        runtime=720,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "prompts.templates.train", "finetune"),
+        gamma=lambda wildcards: gamma_of(wildcards.adapter),
+        classifier="results/{experiment}/classifier",
+        dataset="results/{experiment}/dataset",
+        output="results/{experiment}/adapters/{adapter}",
+    shell:
+        """
+        python scripts/finetune.py \
+            --config {params.config:q} \
+            --name {wildcards.adapter:q} \
+            --gamma {params.gamma} \
+            --classifier {params.classifier:q} \
+            --cells {input.cells:q} \
+            --dataset {params.dataset:q} \
+            --output {params.output:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+rule tune:
+    """The guidance scale that does best on validation prompts; every baseline gets the same number of images."""
+    input:
+        code=CODE["tune"],
+        base=files_of(config["base"]["path"]),
+        features=files_of(config["evaluation"]["features"]),
+        classifier="results/{experiment}/classifier/model.safetensors",
+        cells="results/{experiment}/cells.json",
+        report="results/{experiment}/dataset/report.json",
+        reference="results/{experiment}/samples_val/rejection/samples.parquet",
+    output:
+        tuning="results/{experiment}/tuning/{method}.json",
+    log:
+        "results/{experiment}/logs/tune_{method}.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/tune_{method}.tsv"
+    threads: CORES
+    resources:
+        mem_mb=16000,
+        runtime=360,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "prompts.templates.val", "tuning", "evaluation.features"),
+        classifier="results/{experiment}/classifier",
+        dataset="results/{experiment}/dataset",
+        reference="results/{experiment}/samples_val/rejection",
+    shell:
+        """
+        python scripts/tune.py \
+            --config {params.config:q} \
+            --method {wildcards.method:q} \
+            --classifier {params.classifier:q} \
+            --cells {input.cells:q} \
+            --dataset {params.dataset:q} \
+            --reference {params.reference:q} \
+            --output {output.tuning:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """

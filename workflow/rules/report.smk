@@ -1,0 +1,144 @@
+# Tables and figures, all from files under results/. `snakemake --report FILE.html` binds them with their captions.
+#
+# Needs  results/{experiment}/{samples, evaluation}/{method}, results/{experiment}/adapters/{adapter}/history.jsonl
+# Makes  results/{experiment}/tables/{results, paper}.{csv, md, tex}
+#        results/{experiment}/figures/*.png, figures_paper/*.png, figures/gamma_sweep.png
+
+
+rule tabulate:
+    """The table: a row a method, each number with its interval. `results` has the rows of the demo, `paper` all."""
+    input:
+        code=CODE["tabulate"],
+        methods="config/methods.tsv",
+        evaluations=lambda wildcards: expand(
+            "results/{experiment}/evaluation/{method}.json", experiment=wildcards.experiment, method=methods(wildcards.table)
+        ),
+    output:
+        csv=report(
+            "results/{experiment}/tables/{table}.csv",
+            caption="../report/table.rst",
+            category="3 Results",
+        ),
+        md="results/{experiment}/tables/{table}.md",
+        tex="results/{experiment}/tables/{table}.tex",
+    log:
+        "results/{experiment}/logs/tabulate_{table}.txt",
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    params:
+        config="results/{experiment}/config.json",
+    shell:
+        """
+        python scripts/tabulate.py \
+            --config {params.config:q} \
+            --methods {input.methods:q} \
+            --evaluations {input.evaluations:q} \
+            --output-csv {output.csv:q} \
+            --output-md {output.md:q} \
+            --output-tex {output.tex:q} 2>&1 | tee {log:q}
+        """
+
+
+rule plot_figures:
+    """Pictures of every method with the measured size under each, sizes by label, confusion matrices, training curves."""
+    input:
+        code=CODE["plot_figures"],
+        samples=expand("results/{{experiment}}/samples/{method}/samples.parquet", method=methods("results")),
+        evaluations=expand("results/{{experiment}}/evaluation/{method}.json", method=methods("results")),
+        history=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=adapters("results")),
+        report="results/{experiment}/dataset/report.json",
+    output:
+        teaser=report("results/{experiment}/figures/teaser.png", caption="../report/teaser.rst", category="3 Results"),
+        sizes=report("results/{experiment}/figures/sizes.png", caption="../report/sizes.rst", category="3 Results"),
+        confusion=report("results/{experiment}/figures/confusion.png", caption="../report/confusion.rst", category="3 Results"),
+        training=report("results/{experiment}/figures/training.png", caption="../report/training.rst", category="4 Training"),
+        grids=report(
+            expand("results/{{experiment}}/figures/grid_{method}.png", method=methods("results")),
+            caption="../report/grid.rst",
+            category="5 Pictures",
+        ),
+    log:
+        "results/{experiment}/logs/plot_figures.txt",
+    resources:
+        mem_mb=4000,
+        runtime=15,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("prompts.subjects"),
+        samples=expand("results/{{experiment}}/samples/{method}", method=methods("results")),
+        output="results/{experiment}/figures",
+    shell:
+        """
+        python scripts/plot_figures.py \
+            --config {params.config:q} \
+            --samples {params.samples:q} \
+            --evaluations {input.evaluations:q} \
+            --history {input.history:q} \
+            --output {params.output:q} 2>&1 | tee {log:q}
+        """
+
+
+use rule plot_figures as plot_figures_paper with:
+    input:
+        code=CODE["plot_figures"],
+        samples=expand("results/{{experiment}}/samples/{method}/samples.parquet", method=methods("paper")),
+        evaluations=expand("results/{{experiment}}/evaluation/{method}.json", method=methods("paper")),
+        history=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=adapters("paper")),
+        report="results/{experiment}/dataset/report.json",
+    output:
+        teaser=report("results/{experiment}/figures_paper/teaser.png", caption="../report/teaser.rst", category="6 Long run"),
+        sizes=report("results/{experiment}/figures_paper/sizes.png", caption="../report/sizes.rst", category="6 Long run"),
+        confusion=report("results/{experiment}/figures_paper/confusion.png", caption="../report/confusion.rst", category="6 Long run"),
+        training=report("results/{experiment}/figures_paper/training.png", caption="../report/training.rst", category="6 Long run"),
+        grids=report(
+            expand("results/{{experiment}}/figures_paper/grid_{method}.png", method=methods("paper")),
+            caption="../report/grid.rst",
+            category="6 Long run",
+        ),
+    log:
+        "results/{experiment}/logs/plot_figures_paper.txt",
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("prompts.subjects"),
+        samples=expand("results/{{experiment}}/samples/{method}", method=methods("paper")),
+        output="results/{experiment}/figures_paper",
+
+
+rule plot_sweep:
+    """Accuracy, kid_rejection, diversity and KL against gamma, on validation prompts."""
+    input:
+        code=CODE["plot_sweep"],
+        evaluations=expand(
+            "results/{{experiment}}/evaluation_val/{adapter}.json", adapter=[f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
+        ),
+    output:
+        figure=report("results/{experiment}/figures/gamma_sweep.png", caption="../report/gamma_sweep.rst", category="6 Long run"),
+    log:
+        "results/{experiment}/logs/plot_sweep.txt",
+    resources:
+        mem_mb=2000,
+        runtime=5,
+    params:
+        config="results/{experiment}/config.json",
+    shell:
+        """
+        python scripts/plot_sweep.py \
+            --config {params.config:q} \
+            --evaluations {input.evaluations:q} \
+            --output {output.figure:q} 2>&1 | tee {log:q}
+        """
+
+
+rule sweep:
+    """The sweep of gamma."""
+    input:
+        f"results/{EXPERIMENT}/figures/gamma_sweep.png",
+
+
+rule paper:
+    """The long run: the demo, the further rows of the table, the sweep of gamma."""
+    input:
+        all_targets(),
+        all_targets("paper"),
+        f"results/{EXPERIMENT}/figures/gamma_sweep.png",

@@ -1,0 +1,69 @@
+# Images of every method, all through one script: an image depends on its seed, prompt, label and method alone.
+#
+# Needs  results/{experiment}/cells.json, the base model, and what the method takes: adapter, classifier and tuning, or the oracle's bins
+# Makes  results/{experiment}/samples/{method}      on test prompts, for the table
+#        results/{experiment}/samples_val/{method}  on validation prompts, to choose settings by
+
+
+rule sample:
+    """The rows of the table. `rejection_reference` is a second, independent set of rejection samples: the reference of the distances."""
+    input:
+        unpack(sample_needs),
+        code=sample_code,
+        base=files_of(config["base"]["path"]),
+        cells="results/{experiment}/cells.json",
+    output:
+        samples="results/{experiment}/samples/{method}/samples.parquet",
+        summary="results/{experiment}/samples/{method}/samples.json",
+    log:
+        "results/{experiment}/logs/sample_{method}.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/sample_{method}.tsv"
+    threads: CORES
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "prompts.templates.test"),
+        split="test",
+        method=lambda wildcards: row_of(wildcards.method)["method"],
+        strength=lambda wildcards: row_of(wildcards.method)["strength"],
+        per_label=config["evaluation"]["images_per_label"],
+        needs=lambda wildcards: flags(sample_needs(wildcards)),
+        seed_offset=lambda wildcards: REFERENCE_SEED_OFFSET if wildcards.method.endswith("_reference") else 0,
+        output="results/{experiment}/samples/{method}",
+    shell:
+        """
+        python scripts/sample.py \
+            --config {params.config:q} \
+            --method {params.method:q} \
+            --strength {params.strength} \
+            --split {params.split} \
+            --cells {input.cells:q} \
+            --per-label {params.per_label} \
+            {params.needs:q} \
+            --seed-offset {params.seed_offset} \
+            --output {params.output:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+use rule sample as sample_val with:
+    output:
+        samples="results/{experiment}/samples_val/{method}/samples.parquet",
+        summary="results/{experiment}/samples_val/{method}/samples.json",
+    log:
+        "results/{experiment}/logs/sample_val_{method}.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/sample_val_{method}.tsv"
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "prompts.templates.val"),
+        split="val",
+        method=lambda wildcards: row_of(wildcards.method)["method"],
+        strength=lambda wildcards: row_of(wildcards.method)["strength"],
+        per_label=config["evaluation"]["images_per_label"],
+        needs=lambda wildcards: flags(sample_needs(wildcards)),
+        seed_offset=0,
+        output="results/{experiment}/samples_val/{method}",
