@@ -55,13 +55,14 @@ Made for the base with the fingerprint {base_fingerprint}, and for the sampler i
 PLAIN_DIFFUSERS = """
 import json, sys
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
-base, folder, prompts, labels, seed, output = json.loads(sys.argv[1])
-pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, safety_checker=None)
+base, folder, dtype, prompts, labels, output = json.loads(sys.argv[1])
+pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=getattr(torch, dtype), custom_pipeline=folder, trust_remote_code=True, safety_checker=None)
 pipe.set_progress_bar_config(disable=True)
 pipe.load_control(folder)
 assert "ctrl" not in sys.modules, "ctrl was imported"
-np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=labels, seed=seed).images]))
+np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=labels, seed=0).images]))
 """
 
 
@@ -91,7 +92,7 @@ def check_in_plain_diffusers(
     with torch.no_grad():
         here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
     output = folder / "plain_diffusers.npy"
-    arguments = json.dumps([described["base"], str(folder), prompts, labels, 0, str(output)])
+    arguments = json.dumps([described["base"], str(folder), described["dtype"], prompts, labels, str(output)])
     done = subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

@@ -140,6 +140,7 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
     return {
         "base": str(base_path),
         "base_fingerprint": control.base.fingerprint(),
+        "dtype": str(control.base.unet.dtype).removeprefix("torch."),
         **control.settings,
         "null_label": control.null,
         "label_names": list(label_names),

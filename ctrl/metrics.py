@@ -138,35 +138,28 @@ def _weighted_kid(sets: list[tuple[Tensor, Tensor, Tensor]], weights: list[Tenso
     """`kid` for B sets of weights on the rows, [(B, N), (B, M)]; returns (B,)."""
     (x, cx, _), (y, cy, _) = sets
     share = torch.bincount(cx).double() / len(cx)
-    normed = [w / _sum_cells(w, c)[:, c] for w, c in zip(weights, (cx, cy), strict=True)]  # sum to 1 in every cell
-    kernels = [polynomial_kernel(z, z) for z in (x, y)]
-    same = [_pair_means(k, w, c, u) for k, w, (_, c, u) in zip(kernels, normed, sets, strict=True)]  # (B, C)
+    u, v = (w / _sum_cells(w, c)[:, c] for w, (_, c, _) in zip(weights, sets, strict=True))  # sum to 1 in every cell
+    kxx, kyy = (_fill(polynomial_kernel(z, z), c, g) for z, c, g in sets)
     kxy = polynomial_kernel(x, y)
     if within:
-        cross = _sum_cells((normed[0] @ (kxy * (cx[:, None] == cy))) * normed[1], cy)
-        return (same[0] + same[1] - 2 * cross) @ share
-    full = [w * share[c] for w, c in zip(normed, (cx, cy), strict=True)]  # sum to 1 over all
-    between = sum(_between_mean(k, w, c, u) for k, w, (_, c, u) in zip(kernels, full, sets, strict=True))
-    inside = share.square().sum()
-    return (1 - inside) * between + (same[0] + same[1]) @ share.square() - 2 * ((full[0] @ kxy) * full[1]).sum(1)
+        kxx, kyy, kxy = (k * (c[:, None] == d) for k, c, d in ((kxx, cx, cx), (kyy, cy, cy), (kxy, cx, cy)))
+        return ((u @ kxx) * u) @ share[cx] + ((v @ kyy - 2 * u @ kxy) * v) @ share[cy]
+    u, v = u * share[cx], v * share[cy]  # sum to 1 over all
+    return ((u @ kxx) * u).sum(1) + ((v @ kyy) * v).sum(1) - 2 * ((u @ kxy) * v).sum(1)
 
 
-def _pair_means(matrix: Tensor, weights: Tensor, cells: Tensor, clusters: Tensor) -> Tensor:
-    """Mean of matrix (N, N) over the independent pairs within each cell, pair (i, j) with weight w_i w_j; weights (B, N) -> (B, C)."""
-    pairs = ((cells[:, None] == cells) & (clusters[:, None] != clusters)).double()
-    return _sum_cells((weights @ (matrix * pairs)) * weights, cells) / _sum_cells((weights @ pairs) * weights, cells)
+def _fill(matrix: Tensor, cells: Tensor, clusters: Tensor) -> Tensor:
+    """`matrix` (N, N) with each dependent pair (of one cluster, i = j too) replaced by the mean over the independent pairs of its two cells.
 
-
-def _between_mean(matrix: Tensor, weights: Tensor, cells: Tensor, clusters: Tensor) -> Tensor:
-    """Mean of matrix (N, N) over the independent pairs of different cells, pair (i, j) with weight w_i w_j; weights (B, N) -> (B,).
-
-    Every pair of cells counts as it would if none of its pairs had been left out.
+    Any mean over all pairs is then one over the independent pairs, in which every pair of cells keeps its weight.
     """
-    pairs = ((cells[:, None] != cells) & (clusters[:, None] != clusters)).double()
-    size = torch.bincount(cells).double()
-    left = _sum_cells(_sum_cells(pairs, cells).T, cells).clamp(min=1)  # (C, C)
-    pairs *= (size[:, None] * size / left)[cells][:, cells]
-    return ((weights @ (matrix * pairs)) * weights).sum(1) / ((weights @ pairs) * weights).sum(1).clamp(min=1e-12)
+    independent = clusters[:, None] != clusters
+    member = torch.nn.functional.one_hot(cells).double()
+    count = member.T @ independent.double() @ member
+    if (count == 0).any():
+        raise ValueError("two cells without a pair of independent images")
+    mean = member.T @ (matrix * independent) @ member / count
+    return torch.where(independent, matrix, mean[cells][:, cells])
 
 
 def _sum_cells(values: Tensor, cells: Tensor) -> Tensor:
@@ -233,9 +226,11 @@ def diversity_interval(
 
 
 def _weighted_diversity(sets: list[tuple[Tensor, Tensor, Tensor]], weights: list[Tensor]) -> Tensor:
-    count = torch.bincount(sets[0][1]).double()
-    own, right = [_pair_means(torch.cdist(z, z), w, c, u) @ count for w, (z, c, u) in zip(weights, sets, strict=True)]
-    return own / right
+    count, means = torch.bincount(sets[0][1]).double(), []
+    for w, (z, c, g) in zip(weights, sets, strict=True):
+        w, distance = w / _sum_cells(w, c)[:, c], _fill(torch.cdist(z, z), c, g) * (c[:, None] == c)
+        means.append(((w @ distance) * w) @ count[c])
+    return means[0] / means[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ classifiers

@@ -257,9 +257,9 @@ def train_unet(
 
 
 def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:
-    """Writes an ordinary Stable Diffusion folder in half precision."""
+    """Writes an ordinary Stable Diffusion folder."""
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    pipe.save_pretrained(folder)

@@ -19,16 +19,12 @@ from ctrl.config import check, resolve
 from ctrl.errors import UserError
 
 
-def read_schema(name: str) -> dict:
-    return json.loads((ROOT / "workflow" / "schemas" / f"{name}.schema.json").read_text())
-
-
 def read_methods(path: str) -> dict[str, dict]:
     """The rows of methods.tsv by the name of the method."""
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
+    schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
+    rows = list(csv.DictReader(Path(path).read_text().splitlines(), delimiter="\t"))
     for row in rows:
-        check(row, read_schema("methods"), f"{path}, method {row.get('method')}")
+        check(row, schema, f"{path}, method {row.get('method')}")
     return {row["method"]: row for row in rows}
 
 
@@ -37,19 +33,16 @@ def write_config(path: Path) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text)
+        (temporary := path.with_name(f".{path.name}.{os.getpid()}")).write_text(text)
         temporary.replace(path)
 
 
 try:
-    resolved = resolve(json.loads(json.dumps(config)), read_schema("config"))
+    config |= resolve(json.loads(json.dumps(config)), json.loads((ROOT / "workflow/schemas/config.schema.json").read_text()))
     METHODS = read_methods("config/methods.tsv")
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(2)  # a plain exit would be wrapped in a traceback
-config.clear()
-config.update(resolved)
+    os._exit(2)  # Snakemake would wrap any exception in a traceback
 
 EXPERIMENT = config["experiment"]
 RESULTS = f"results/{EXPERIMENT}"
@@ -66,30 +59,31 @@ wildcard_constraints:
 
 
 # The code whose change alters a result: an input of the rule. (Snakemake does not see edits of an imported package.)
-CORE = ["scripts/loading.py", "ctrl/base.py", "ctrl/process.py", "ctrl/sampling.py", "ctrl/generate.py", "ctrl/oracles.py", "ctrl/pairs.py"]
-CLASSIFIER = ["ctrl/classifier.py", "ctrl/dct.py"]
-CONTROL = ["ctrl/control.py"]
-GUIDANCE = [*CLASSIFIER, "ctrl/guidance/reconstruction.py"]
+CORE = [f"ctrl/{name}.py" for name in ("base", "process", "sampling", "generate", "oracles", "pairs")] + ["scripts/loading.py"]
+CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
+CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
+GUIDANCE = ["ctrl/guidance/reconstruction.py", *CLASSIFIER]
+EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
+FINETUNE = [f"ctrl/{name}.py" for name in ("adapter", "pipeline", "labels", "finetune/backprop", "finetune/loop", "finetune/recipe")]
 CODE = {
     "pretrain": ["scripts/pretrain.py", "ctrl/pretrain.py", "ctrl/data.py", "ctrl/dct.py"],
     "train_garments": ["scripts/train_garments.py", "ctrl/features.py", "ctrl/data.py"],
     "unpack_images": ["scripts/unpack_images.py", "ctrl/data.py"],
     "build_dataset": ["scripts/build_dataset.py", "ctrl/data.py", "ctrl/oracles.py"],
-    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/metrics.py"],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/oracles.py", "ctrl/metrics.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
     "sample": ["scripts/sample.py", *CORE],
-    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, "ctrl/evaluation.py", "ctrl/features.py", "ctrl/metrics.py"],
-    "finetune": ["scripts/finetune.py", *CORE, *CLASSIFIER, *CONTROL, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py"]
-    + sorted(map(str, Path("ctrl/finetune").glob("*.py"))),
-    "evaluate": ["scripts/evaluate.py", "ctrl/evaluation.py", "ctrl/metrics.py", "ctrl/features.py", "ctrl/oracles.py", "ctrl/data.py"],
-    "tabulate": ["scripts/tabulate.py"],
+    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *EVALUATION],
+    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *FINETUNE],
+    "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
+    "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
     "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py"],
     "plot_sweep": ["scripts/plot_sweep.py", "ctrl/figures.py"],
 }
-IMAGES, TABLES = {  # the folder of images behind the dataset, and the table in it
-    "embedded": (f"{RESULTS}/images", ["metadata.csv"]),
-    "generated": (f"{RESULTS}/generated", ["samples.parquet"]),
-    "folder": (config["dataset"]["path"], ["metadata.csv", "metadata.parquet"]),
+IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
+    "embedded": (f"{RESULTS}/images", "metadata.csv"),
+    "generated": (f"{RESULTS}/generated", "samples.parquet"),
+    "folder": (config["dataset"]["path"], "metadata.csv", "metadata.parquet"),
 }[config["dataset"]["kind"]]
 TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists()), f"{IMAGES}/{TABLES[0]}")
 
@@ -102,9 +96,7 @@ def files_of(folder: str) -> list[str]:
 def sections(*keys: str) -> str:
     """Parts of the configuration as text, by dotted keys: with it in its params, a rule runs again when they change, and only then."""
     parts = {key: reduce(dict.__getitem__, key.split("."), config) for key in keys}
-    if "finetune" in parts:  # gamma is an argument of its own
-        parts["finetune"] = {key: value for key, value in parts["finetune"].items() if key != "gamma"}
-    return json.dumps(parts)
+    return json.dumps({**parts, "finetune": {**parts["finetune"], "gamma": None}} if "finetune" in parts else parts)  # see gamma_of
 
 
 def methods(table: str) -> list[str]:
@@ -114,6 +106,11 @@ def methods(table: str) -> list[str]:
 
 def adapters(table: str) -> list[str]:
     return list(dict.fromkeys(METHODS[name]["adapter"] for name in methods(table) if METHODS[name]["adapter"]))
+
+
+def sweep_adapters() -> list[str]:
+    """`ctrl` itself is the one with the configured gamma."""
+    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
 
 
 def gamma_of(adapter: str) -> float:
@@ -130,24 +127,19 @@ def row_of(name: str) -> dict:
 def sample_needs(wildcards) -> dict[str, str]:
     """What sampling by a method takes beside the base model, by the name of the script's argument."""
     row = row_of(wildcards.method)
-    needs = {"adapter": f"{RESULTS}/adapters/{row['adapter']}/adapter.json"} if row["adapter"] else {}
-    if row["guidance"]:
-        needs |= {"classifier": f"{RESULTS}/classifier/model.safetensors", "tuning": f"{RESULTS}/tuning/{row['guidance']}.json"}
-    return needs | ({"dataset": f"{RESULTS}/dataset/report.json"} if row["family"] == "rejection" else {})
+    needs = {
+        "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
+        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/classifier/model.safetensors",
+        "tuning": row["guidance"] and f"{RESULTS}/tuning/{row['guidance']}.json",
+        "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
+    }
+    return {name: path for name, path in needs.items() if path}
 
 
-def evaluate_needs(wildcards) -> dict[str, str]:
-    return {name: path for name, path in sample_needs(wildcards).items() if name == "adapter"}
-
-
-def flags(needs: dict[str, str]) -> list[str]:
+def flags(needs: dict[str, str], *only: str) -> list[str]:
     """The same as arguments: the file for the tuning, the folder for all else."""
-    return [text for name, path in needs.items() for text in (f"--{name}", path if name == "tuning" else os.path.dirname(path))]
-
-
-def sample_code(wildcards) -> list[str]:
-    row = row_of(wildcards.method)
-    return CODE["sample"] + (CONTROL if row["adapter"] else GUIDANCE if row["guidance"] else [])
+    chosen = {name: path if name == "tuning" else os.path.dirname(path) for name, path in needs.items() if name in (only or needs)}
+    return [text for name, path in chosen.items() for text in (f"--{name}", path)]
 
 
 def all_targets(table: str = "results") -> list[str]:

@@ -7,8 +7,8 @@
 rule evaluate:
     """On test prompts: a row of the table."""
     input:
-        unpack(evaluate_needs),
         code=CODE["evaluate"],
+        adapter=lambda wildcards: sample_needs(wildcards).get("adapter", []),
         features=files_of(config["evaluation"]["features"]),
         samples="results/{experiment}/samples/{method}/samples.parquet",
         reference="results/{experiment}/samples/rejection_reference/samples.parquet",
@@ -27,7 +27,7 @@ rule evaluate:
         samples="results/{experiment}/samples/{method}",
         reference="results/{experiment}/samples/rejection_reference",
         dataset="results/{experiment}/dataset",
-        adapter=lambda wildcards: flags(evaluate_needs(wildcards)),
+        adapter=lambda wildcards: flags(sample_needs(wildcards), "adapter"),
     shell:
         """
         python scripts/evaluate.py \
@@ -44,8 +44,8 @@ rule evaluate:
 
 use rule evaluate as evaluate_val with:
     input:
-        unpack(evaluate_needs),
         code=CODE["evaluate"],
+        adapter=lambda wildcards: sample_needs(wildcards).get("adapter", []),
         features=files_of(config["evaluation"]["features"]),
         samples="results/{experiment}/samples_val/{method}/samples.parquet",
         reference="results/{experiment}/samples_val/rejection/samples.parquet",
@@ -60,4 +60,4 @@ use rule evaluate as evaluate_val with:
         samples="results/{experiment}/samples_val/{method}",
         reference="results/{experiment}/samples_val/rejection",
         dataset="results/{experiment}/dataset",
-        adapter=lambda wildcards: flags(evaluate_needs(wildcards)),
+        adapter=lambda wildcards: flags(sample_needs(wildcards), "adapter"),

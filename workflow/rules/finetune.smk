@@ -60,6 +60,7 @@ rule tune:
         reference="results/{experiment}/samples_val/rejection/samples.parquet",
     output:
         tuning="results/{experiment}/tuning/{method}.json",
+        figure=report("results/{experiment}/tuning/{method}.png", caption="../report/tuning.rst", category="4 Training"),
     log:
         "results/{experiment}/logs/tune_{method}.txt",
     benchmark:

@@ -30,7 +30,7 @@ rule tabulate:
         config="results/{experiment}/config.json",
     shell:
         """
-        python scripts/tabulate.py \
+        python scripts/tabulate_results.py \
             --config {params.config:q} \
             --methods {input.methods:q} \
             --evaluations {input.evaluations:q} \
@@ -48,6 +48,7 @@ rule plot_figures:
         evaluations=expand("results/{{experiment}}/evaluation/{method}.json", method=methods("results")),
         history=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=adapters("results")),
         report="results/{experiment}/dataset/report.json",
+        cells="results/{experiment}/cells.json",
     output:
         teaser=report("results/{experiment}/figures/teaser.png", caption="../report/teaser.rst", category="3 Results"),
         sizes=report("results/{experiment}/figures/sizes.png", caption="../report/sizes.rst", category="3 Results"),
@@ -65,13 +66,15 @@ rule plot_figures:
         runtime=15,
     params:
         config="results/{experiment}/config.json",
-        depends=sections("prompts.subjects"),
+        dataset="results/{experiment}/dataset",
         samples=expand("results/{{experiment}}/samples/{method}", method=methods("results")),
         output="results/{experiment}/figures",
     shell:
         """
         python scripts/plot_figures.py \
             --config {params.config:q} \
+            --dataset {params.dataset:q} \
+            --cells {input.cells:q} \
             --samples {params.samples:q} \
             --evaluations {input.evaluations:q} \
             --history {input.history:q} \
@@ -86,6 +89,7 @@ use rule plot_figures as plot_figures_paper with:
         evaluations=expand("results/{{experiment}}/evaluation/{method}.json", method=methods("paper")),
         history=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=adapters("paper")),
         report="results/{experiment}/dataset/report.json",
+        cells="results/{experiment}/cells.json",
     output:
         teaser=report("results/{experiment}/figures_paper/teaser.png", caption="../report/teaser.rst", category="6 Long run"),
         sizes=report("results/{experiment}/figures_paper/sizes.png", caption="../report/sizes.rst", category="6 Long run"),
@@ -100,7 +104,7 @@ use rule plot_figures as plot_figures_paper with:
         "results/{experiment}/logs/plot_figures_paper.txt",
     params:
         config="results/{experiment}/config.json",
-        depends=sections("prompts.subjects"),
+        dataset="results/{experiment}/dataset",
         samples=expand("results/{{experiment}}/samples/{method}", method=methods("paper")),
         output="results/{experiment}/figures_paper",
 
@@ -109,9 +113,7 @@ rule plot_sweep:
     """Accuracy, kid_rejection, diversity and KL against gamma, on validation prompts."""
     input:
         code=CODE["plot_sweep"],
-        evaluations=expand(
-            "results/{{experiment}}/evaluation_val/{adapter}.json", adapter=[f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
-        ),
+        evaluations=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=sweep_adapters()),
     output:
         figure=report("results/{experiment}/figures/gamma_sweep.png", caption="../report/gamma_sweep.rst", category="6 Long run"),
     log:

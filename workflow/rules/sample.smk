@@ -9,7 +9,8 @@ rule sample:
     """The rows of the table. `rejection_reference` is a second, independent set of rejection samples: the reference of the distances."""
     input:
         unpack(sample_needs),
-        code=sample_code,
+        code=lambda wildcards: CODE["sample"]
+        + (CONTROL if row_of(wildcards.method)["adapter"] else GUIDANCE if row_of(wildcards.method)["guidance"] else []),
         base=files_of(config["base"]["path"]),
         cells="results/{experiment}/cells.json",
     output:

@@ -1,0 +1,115 @@
+"""The adapter's folder in the hands of a user: plain diffusers, the Python API, wrong labels, another base."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ctrl
+from ctrl import control as controls
+from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.errors import UserError
+from ctrl.io import write_json
+from ctrl.oracles import to_pil
+from ctrl.sampling import noise_of, sample
+
+CELLS = [("coat", 0), ("bag", 2)]
+SAMPLER = {"num_steps": 4, "eta": 1.0, "guidance_scale": 2.0}
+
+
+@pytest.fixture
+def process(base):
+    return base.process(4)
+
+
+@pytest.fixture
+def adapter(tiny_sd, control, tmp_path):
+    """A scrambled control in its folder, and what adapter.json says."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in control.parameters().values():
+            p.add_(0.1 * torch.randn_like(p))
+        control.base.unet.class_embedding.weight[control.null] = 0
+    last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
+    settings = {"num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
+    extra = {"name": "ctrl", "gamma": 1.0, "train_seconds": 2.0, "last": last, "finetune": settings}
+    described = controls.describe(control, str(tiny_sd), SAMPLER, ["a", "b", "c"], extra)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_adapter(control, folder, described)
+    return folder, described
+
+
+def ours(control, process, prompts, labels, seed, strength=1.0):
+    noise = noise_of(range(seed, seed + len(prompts)), control.base.latent_shape, process.num_steps)
+    x_0 = sample(process, control.denoiser(process, prompts, torch.tensor(labels), SAMPLER["guidance_scale"], strength), noise)
+    with torch.no_grad():
+        return np.stack([np.asarray(i) for i in to_pil(control.base.decode(x_0))]).astype(int)
+
+
+def stack(images):
+    return np.stack([np.asarray(i) for i in images]).astype(int)
+
+
+def test_plain_diffusers_draws_the_same_images(control, process, adapter):
+    check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])
+
+
+def test_a_difference_is_noticed(control, process, adapter):
+    with torch.no_grad():
+        control.base.unet.class_embedding.weight[:2] += 1.0
+    with pytest.raises(UserError, match="other images"):
+        check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+def test_api_draws_what_the_sampler_draws(tiny_sd, control, process, adapter, strength):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    images = pipe(["coat", "bag"], label=[0, 2], strength=strength, seed=3).images
+    assert np.abs(stack(images) - ours(control, process, ["coat", "bag"], [0, 2], 3, strength)).max() <= 1
+
+
+def test_no_label_or_no_strength_is_the_pretrained_model(tiny_sd, control, process, adapter):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    plain = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    expected = plain(["coat", "bag"], num_inference_steps=4, eta=1.0, guidance_scale=2.0, generator=generators).images
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    for keywords in ({"label": None}, {"label": [0, 2], "strength": 0}):
+        assert np.array_equal(stack(pipe(["coat", "bag"], seed=0, **keywords).images), stack(expected))
+    assert not np.array_equal(stack(pipe(["coat", "bag"], label=[0, 2], seed=0).images), stack(expected))
+
+
+@pytest.mark.parametrize("label", [3, -1, [0], [0, 1, 2], [0, 3], 0.5, [True, False], [0.0, 1.0]])
+def test_wrong_labels_are_refused(tiny_sd, adapter, label):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    with pytest.raises(ValueError, match="label"):
+        pipe(["coat", "bag"], label=label)
+
+
+def test_another_base_is_refused(tiny_sd, adapter):
+    described = json.loads((adapter[0] / "adapter.json").read_text())
+    write_json(adapter[0] / "adapter.json", described | {"base_fingerprint": "0" * 16})
+    with pytest.raises(UserError, match="another"):
+        ctrl.load(tiny_sd, adapter=adapter[0])
+
+
+def test_missing_adapter_is_refused(tiny_sd, tmp_path):
+    with pytest.raises(UserError, match="adapter.json is missing"):
+        ctrl.load(tiny_sd, adapter=tmp_path)
+
+
+def test_card_speaks_of_every_label(adapter):
+    card = (adapter[0] / "README.md").read_text()
+    assert all(f"| {y} | {name} |" in card for y, name in enumerate("abc")) and "load_control" in card
+    assert card.startswith("---\nbase_model: ")
+
+
+def test_importing_the_package_is_cheap():
+    code = "import ctrl, sys; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,57 @@
+"""Reconstruction guidance where the right answer is known: a Gaussian prior, whose denoiser is linear."""
+
+import pytest
+import torch
+
+from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.process import Process
+from ctrl.sampling import sample
+
+PROCESS = Process(torch.tensor([500]), torch.tensor([0.3]), torch.tensor([0.9]))
+
+
+def denoiser(x_t, i):
+    return 0.5 * x_t
+
+
+def log_prob(x_0):
+    return -(x_0 - 2.0).square().sum(1)
+
+
+def test_scale_zero_is_the_denoiser():
+    x = torch.randn(4, 3)
+    for weighting in ("constant", "normalised"):
+        assert torch.equal(reconstruction_guidance(denoiser, PROCESS, log_prob, 0.0, weighting)(x, 0), denoiser(x, 0))
+
+
+def test_constant_weighting_by_hand():
+    x = torch.tensor([[1.0]])
+    slope = (1 - 0.7**0.5 * 0.5) / 0.3**0.5  # d x̂_0 / d x_t: through the network, not around it
+    g = -2 * (slope - 2.0) * slope
+    expected = 0.5 - 3.0 * 0.7**0.5 * g
+    assert reconstruction_guidance(denoiser, PROCESS, log_prob, 3.0, "constant")(x, 0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_normalised_weighting_moves_x_s_by_the_gradient_of_the_residual():
+    """DPS, Algorithm 1, line 7 with step 1/‖r‖: x_s − scale ∇‖r‖² / ‖r‖ = x_s − 2 scale ∇‖r‖ ... here r = x̂_0 − 2."""
+    x = torch.randn(5, 3, requires_grad=True)
+    noise = torch.randn(5, 3)
+    residual = (PROCESS.predict_x0(0, x, denoiser(x, 0)) - 2.0).norm(dim=1)
+    (gradient,) = torch.autograd.grad(residual.sum(), x)
+    expected = PROCESS.step(0, x, denoiser(x, 0), noise) - 0.1 * 2 * gradient
+    guided = reconstruction_guidance(denoiser, PROCESS, log_prob, 0.1)
+    assert torch.allclose(PROCESS.step(0, x.detach(), guided(x, 0), noise), expected, atol=1e-5)
+
+
+def test_guidance_works_under_no_grad_and_raises_the_log_prob():
+    process = Process(torch.tensor([900, 500, 100]), torch.tensor([0.05, 0.3, 0.7]), torch.tensor([0.3, 0.7, 0.98]))
+    torch.manual_seed(0)
+    noise = torch.randn(4, 500, 2)
+    plain = log_prob(sample(process, denoiser, noise)).mean()
+    for weighting in ("constant", "normalised"):
+        assert log_prob(sample(process, reconstruction_guidance(denoiser, process, log_prob, 0.3, weighting), noise)).mean() > plain + 0.5
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(ValueError, match="weighting"):
+        reconstruction_guidance(denoiser, PROCESS, log_prob, 1.0, "magic")

@@ -1,0 +1,119 @@
+"""A run that is killed and started again ends with the weights that no interruption would have given, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrl.finetune import loop
+from ctrl.io import load_tensors
+
+ROOT = Path(__file__).parent.parent
+NUM_UPDATES = 9
+RUN = f"""
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from ctrl import base as bases
+from ctrl.control import Control
+from ctrl.finetune import loop
+from ctrl.finetune.recipe import gradient_function
+
+base = bases.load(sys.argv[1])
+process = base.process(3)
+control = Control(base, 2, 4, ["to_q", "to_v", "conv1"])
+config = dict(batch_size=6, micro_batch_size=3, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=[1, 3],
+              gradient_checkpointing=False, temperature=dict(start=4.0, updates=5))
+log_prob = lambda x_0, y, temperature: -(base.decode(x_0).mean(dim=(1, 2, 3)) - y).square() / temperature
+cells = [("coat", 0), ("coat", 1), ("bag", 1)]
+gradient = gradient_function(control, process, log_prob, cells, ["{{}}", "a {{}}"], config, 1.0, 0)
+optimizer = torch.optim.AdamW(control.groups(1e-2, 1e-2))
+loop.run(control.parameters(), optimizer, gradient, lambda u: dict(probe=float(u)), {NUM_UPDATES}, Path(sys.argv[2]), 1.0,
+         2, 3, sys.argv[3], [lambda row: print(row["update"], flush=True)])
+"""
+
+
+def start(tiny_sd, folder, settings="a"):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUN, str(tiny_sd), str(folder), settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return [int(line) for line in out.split()]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path):
+    assert finish(start(tiny_sd, tmp_path / "whole")) == list(range(1, NUM_UPDATES + 1))
+    killed = start(tiny_sd, tmp_path / "killed")
+    for line in killed.stdout:
+        if int(line) == 5:
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.communicate()
+    assert finish(start(tiny_sd, tmp_path / "killed"))[0] in (5, 7), "resumes after the last checkpoint, every 2 updates"
+    whole, resumed = (load_tensors(tmp_path / name / "checkpoints" / loop.CHECKPOINT) for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys() and len(whole) > 10
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    rows = [[json.loads(line) for line in open(tmp_path / name / "history.jsonl")] for name in ("whole", "killed")]
+    assert [r["update"] for r in rows[1]] == list(range(1, NUM_UPDATES + 1)), "every update once"
+    for a, b in zip(*rows, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_checkpoint_of_other_settings_is_not_resumed(tiny_sd, tmp_path):
+    finish(start(tiny_sd, tmp_path))
+    assert finish(start(tiny_sd, tmp_path, "a")) == [], "finished"
+    assert finish(start(tiny_sd, tmp_path, "b")) == list(range(1, NUM_UPDATES + 1))
+
+
+def toy_run(folder, gradient, **changes):
+    weight = torch.nn.Parameter(torch.ones(2))
+    settings = dict(num_updates=4, max_grad_norm=1.0, checkpoint_every=2, probe_every=2, settings="s") | changes
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    history = loop.run({"weight": weight}, optimizer, lambda u: gradient(weight, u), lambda u: {}, folder=folder, **settings)
+    return weight, history
+
+
+def test_gradients_are_clipped(tmp_path):
+    def gradient(weight, update):
+        weight.grad = torch.tensor([30.0, 40.0])
+        return {}
+
+    weight, history = toy_run(tmp_path, gradient, num_updates=1)
+    assert history[0]["grad_norm"] == pytest.approx(50)
+    assert weight.tolist() == pytest.approx([1 - 0.5 * 0.6, 1 - 0.5 * 0.8])
+
+
+def test_nan_names_the_update_and_the_tensor_and_spares_the_checkpoint(tmp_path):
+    def gradient(weight, update):
+        weight.grad = torch.full((2,), float("nan") if update == 3 else 1.0)
+        return {}
+
+    with pytest.raises(FloatingPointError, match="update 3: the gradient of weight"):
+        toy_run(tmp_path, gradient)
+    saved = load_tensors(tmp_path / "checkpoints" / loop.CHECKPOINT)
+    assert torch.isfinite(saved["parameter/weight"]).all()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    from ctrl.errors import UserError
+
+    def gradient(weight, update):
+        weight.grad = torch.ones(2)
+        if update == 3:
+            monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return {}
+
+    with pytest.raises(UserError, match="No space left"):
+        toy_run(tmp_path, gradient)
+    monkeypatch.undo()
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [loop.CHECKPOINT]
+    assert toy_run(tmp_path, lambda w, u: setattr(w, "grad", torch.ones(2)) or {})[1][-1]["update"] == 4
