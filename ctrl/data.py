@@ -247,7 +247,7 @@ def histogram(table: pd.DataFrame, report: dict) -> Figure:
     axes = figure.subplots()
     width = max(np.ptp(score) / 80, 1e-9)
     ends = [score.min(), *report["edges"], score.max() + width]
-    bins = np.concatenate([np.arange(low, high, width) for low, high in pairwise(ends)] + [ends[-1:]])
+    bins = np.concatenate([np.linspace(a, b, max(round((b - a) / width), 1), endpoint=False) for a, b in pairwise(ends)] + [ends[-1:]])
     colours = [f"C{k % 10}" for k in range(report["num_classes"])]
     parts = [score[table["label"] == k] for k in range(report["num_classes"])]
     names = [f"{k}: {name} (n = {len(part)})" for k, (name, part) in enumerate(zip(report["label_names"], parts, strict=True))]

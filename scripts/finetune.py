@@ -14,7 +14,7 @@ from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.finetune import loop
-from ctrl.finetune.objective import effective_gamma
+from ctrl.finetune.objective import effective_gamma, learning_rate_factor
 from ctrl.finetune.recipe import gradient_function, probe_function
 from ctrl.io import read_json
 from ctrl.labels import Categorical
@@ -61,9 +61,12 @@ def main() -> None:
         control, process, score, cells, templates["train"], settings["probe"]["num_images"], sampler["guidance_scale"], config["seed"],
         sampler["batch_size"],
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        control.groups(settings["learning_rate"], settings["embedding_learning_rate"]), weight_decay=settings["weight_decay"]
-    )
+    groups = control.groups(settings["learning_rate"], settings["embedding_learning_rate"])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), weight_decay=settings["weight_decay"])
+
+    def rate(update: int) -> float:
+        return learning_rate_factor(update, settings["num_updates"], settings["warmup_updates"], settings["decay"])
+
     identity = [settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], (args.classifier / "config.json").read_text()]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     tags = {"method": args.name, "gamma": settings["gamma"]}
@@ -74,7 +77,7 @@ def main() -> None:
 
         history = loop.run(
             control.parameters(), optimizer, gradient, probe, settings["num_updates"], args.output, settings["max_grad_norm"],
-            settings["checkpoint_every"], settings["probe"]["every"], digest, [track],
+            settings["checkpoint_every"], settings["probe"]["every"], digest, [track], rate,
         )  # fmt: skip
         figures = {
             "name": args.name,

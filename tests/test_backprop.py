@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ctrl.finetune.backprop import backprop
-from ctrl.finetune.objective import annealed, effective_gamma, within_cell_variance
+from ctrl.finetune.objective import annealed, effective_gamma, learning_rate_factor, within_cell_variance
 from ctrl.process import Process
 
 ABAR = torch.tensor([0.05, 0.3, 0.7])
@@ -140,3 +140,9 @@ def test_var_log_w_is_zero_at_the_optimum():
     residual = log_w - process.mean(0, noise[0], 0.1 * noise[0]) @ a
     assert residual.var() < 1e-20
     assert weight.grad.abs().max() < 1e-12, "the optimum is stationary"
+
+
+def test_learning_rate_rises_and_falls():
+    factor = [learning_rate_factor(u, 100, 10, "cosine") for u in range(100)]
+    assert factor[0] == pytest.approx(0.1) and max(factor) < 1 and factor[50] == pytest.approx(0.5) and factor[99] < 1e-3
+    assert [learning_rate_factor(u, 100, 2, "none") for u in (0, 1, 99)] == [0.5, 1.0, 1.0]

@@ -68,18 +68,23 @@ def run(
     probe_every: int,
     settings: str,
     on_row: Sequence[Callable[[dict], None]] = (),
+    rate: Callable[[int], float] = lambda update: 1.0,
 ) -> list[dict]:
     """Trains `named` parameters in place; returns the history, one dict an update, also written to `history.jsonl` in `folder`.
 
     `gradient(update)` adds to every `.grad` and returns figures; `probe(update)` returns more, every `probe_every` updates and at the end.
-    `settings` is any text that identifies the run: only a checkpoint with the same one is resumed.
+    `settings` is any text that identifies the run: only a checkpoint with the same one is resumed. `rate(update)` is a factor on every
+    group's learning rate.
     """
     checkpoint = folder / "checkpoints" / CHECKPOINT
+    rates = [group["lr"] for group in optimizer.param_groups]
     done, history = load_checkpoint(checkpoint, named, optimizer, settings)
     with tqdm(range(done, num_updates), initial=done, total=num_updates, desc="fine-tuning", mininterval=2) as bar:
         for update in bar:
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
+            for group, highest in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = highest * rate(update)
             figures = gradient(update)
             check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
             norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)

@@ -22,6 +22,12 @@ def annealed(update: int, start: float, num_updates: int) -> float:
     return 1.0 if update >= num_updates else math.exp(math.log(start) * (1 - update / num_updates))
 
 
+def learning_rate_factor(update: int, num_updates: int, warmup: int, decay: str) -> float:
+    """Linear warm-up over `warmup` updates; then constant (`none`), or a half cosine down to 0 at the end (`cosine`)."""
+    factor = min(1.0, (update + 1) / max(warmup, 1))
+    return factor * 0.5 * (1 + math.cos(math.pi * update / num_updates)) if decay == "cosine" else factor
+
+
 def within_cell_variance(log_w: Tensor, cells: Sequence) -> float:
     """Pooled variance of log w = gamma log p̂(y|x_0) − log psi(path)/pre(path) within each (c, y), in nats².
 

@@ -77,8 +77,8 @@ CODE = {
     "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *FINETUNE],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
     "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
-    "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py"],
-    "plot_sweep": ["scripts/plot_sweep.py", "ctrl/figures.py"],
+    "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/oracles.py"],
+    "plot_sweep": ["scripts/plot_sweep.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/oracles.py"],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
     "embedded": (f"{RESULTS}/images", "metadata.csv"),

@@ -1,0 +1,31 @@
+"""A copy of the repository for tests that run its workflow, and how to run Snakemake there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ["Snakefile", "workflow", "config", "profiles", "slurm", "scripts", "ctrl"]
+
+
+def copy_repository(folder: Path) -> Path:
+    """What the workflow needs, in `folder`; resources by a link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "resources").symlink_to(ROOT / "resources")
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """`snakemake ARGUMENTS` in `folder`, with the code that is there; stderr goes to stdout."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "SNAKEMAKE"))} | {
+        "PYTHONPATH": str(folder)
+    }
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+    )  # fmt: skip

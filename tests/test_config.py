@@ -1,0 +1,110 @@
+"""Configurations: laid over each other, and one line for every mistake."""
+
+import argparse
+import json
+
+import pytest
+import yaml
+
+from ctrl.config import check, merge, resolve
+from ctrl.errors import UserError
+from scripts import common
+
+
+def load(tmp_path, *texts: str) -> dict:
+    paths = []
+    for number, text in enumerate(texts):
+        paths.append(tmp_path / f"{number}.yaml")
+        paths[-1].write_text(text)
+    parser = argparse.ArgumentParser()
+    common.add_config_argument(parser)
+    return common.load_config(parser.parse_args(["--config", *map(str, paths)] if paths else []))
+
+
+def properties(schema: dict, key: str = ""):
+    if "properties" in schema:
+        yield key, schema
+        for name, inner in schema["properties"].items():
+            yield from properties(inner, f"{key}.{name}".strip("."))
+
+
+def test_merge_goes_into_mappings_and_replaces_lists_and_leaves_its_arguments_alone():
+    defaults = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+    merged = merge(defaults, {"a": {"c": [5]}}, {"d": {"e": 1}, "a": {"b": 2}})
+    assert merged == {"a": {"b": 2, "c": [5]}, "d": {"e": 1}}
+    assert defaults == {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+
+
+def test_the_default_configuration_is_complete_and_nothing_else():
+    schema, defaults = json.loads(common.SCHEMA.read_text()), yaml.safe_load(common.DEFAULTS.read_text())
+    assert load_defaults() == resolve(defaults, schema)
+    for key, inner in properties(schema):
+        assert inner["additionalProperties"] is False, key
+        assert inner["required"] == list(inner["properties"]), key
+
+
+def load_defaults() -> dict:
+    parser = argparse.ArgumentParser()
+    common.add_config_argument(parser)
+    return common.load_config(parser.parse_args([]))
+
+
+def test_later_files_override(tmp_path):
+    config = load(tmp_path, "finetune: {gamma: 3}\nseed: 5", '{"finetune": {"gamma": 4.5}}')
+    assert config["finetune"]["gamma"] == 4.5
+    assert config["seed"] == 5
+    assert config["finetune"]["num_updates"] == load_defaults()["finetune"]["num_updates"]
+
+
+def test_edges_fix_the_number_of_classes(tmp_path):
+    assert load(tmp_path, "label: {edges: [0.5, 1, 2.5, 3]}")["label"]["num_classes"] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("finetune: {gama: 3}", "unknown key finetune.gama; did you mean finetune.gamma?"),
+        ("gamma: 3", "unknown key gamma; did you mean finetune.gamma?"),
+        ("sampler: {steps: 3}", "did you mean sampler.num_steps?"),
+        ("dataset: {splits: {trian: 0.8}}", "unknown key dataset.splits.trian; did you mean dataset.splits.train?"),
+        ("finetune: {gamma: 0}", "finetune.gamma is 0; it must be a finite number above 0"),
+        ("finetune: {gamma: -1}", "finetune.gamma is -1; it must be a finite number above 0"),
+        ("finetune: {gamma: .nan}", "finetune.gamma is NaN"),
+        ("finetune: {gamma: .inf}", "finetune.gamma is Infinity"),
+        ("finetune: {learning_rate: 1e-3}", "write 1.0e-3"),
+        ("finetune:", "finetune is null; it must be a mapping"),
+        ("label: {edges: [3, 2]}", "label.edges is [3, 2]; it must be a list of 1 or more entries, in ascending order"),
+        ("label: {edges: [2, 2]}", "in ascending order"),
+        ("label: {edges: quartiles}", "it must be quantiles or a list"),
+        ("label: {oracle: jpeg}", "it must be one of jpeg_size, brightness"),
+        ("label: {num_classes: 1}", "label.num_classes is 1; it must be a whole number at least 2"),
+        ("dataset: {splits: {train: 0.7}}", "values add up to 1"),
+        ("dataset: {kind: folder}", "dataset.path is null"),
+        ("finetune: {truncation: [3, 1]}", "null or [low, high]"),
+        ("finetune: {truncation: 3}", "null or [low, high]"),
+        ("finetune: {truncation: [1, 1001]}", "sampler.num_steps has only"),
+        ("finetune: {micro_batch_size: 48}", "it must divide finetune.batch_size"),
+        ("prompts: {templates: {test: [no place]}}", "prompts.templates.test.0 is no place; it must be a text with one {}"),
+        ("seed: true", "seed is true; it must be a whole number"),
+        ("experiment: ../up", "experiment is ../up"),
+        ("gamma_sweep: []", "gamma_sweep is []"),
+        ("[1, 2]", "must hold keys and values"),
+        ("a: [", "no valid YAML"),
+    ],
+)
+def test_one_line_a_mistake(tmp_path, text, says):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        common.load_config(argparse.Namespace(config=[tmp_path / "nowhere.yaml"]))
+
+
+def test_a_missing_key_is_named():
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    with pytest.raises(UserError, match="config: a is missing"):
+        check({}, schema)

@@ -1,0 +1,248 @@
+"""The offline dataset: what is kept, what is refused and why, and that nothing leaks between the splits."""
+
+import gzip
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ctrl import data, oracles
+from ctrl.errors import UserError
+
+SHARES = {"train": 0.8, "val": 0.1, "calibration": 0.1}
+LABEL = {"oracle": "jpeg_size", "edges": "quantiles", "num_classes": 4, "descending": True}
+IDX = Path(__file__).parent.parent / "resources" / "fashion-mnist"
+
+
+def write_folder(folder: Path, n: int, size: int = 8, seed: int = 0) -> pd.DataFrame:
+    """`n` images of growing contrast, and their metadata.csv."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        pixels = 128 + (rng.integers(-127, 128, (size, size, 3)) * (i + 1) / n)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    table = pd.DataFrame({"file_name": [f"{i:03d}.png" for i in range(n)], "prompt": [f"a picture {i}" for i in range(n)]})
+    table.to_csv(folder / "metadata.csv", index=False)
+    return table
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine") / "images"
+    write_folder(folder, 120)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / "images"))
+
+
+def build(folder: Path, size: int = 8, shares: dict = SHARES, **label) -> tuple[pd.DataFrame, dict]:
+    return data.build(folder, size, LABEL | label, shares)
+
+
+def test_scores_labels_and_counts(folder):
+    table, report = build(folder)
+    assert list(table.columns) == ["file_name", "path", "prompt", "split", "score_jpeg_size", "label"]
+    with Image.open(folder / "017.png") as image:
+        assert table["score_jpeg_size"][17] == oracles.jpeg_size_kb(image)
+    expected = 3 - sum((table["score_jpeg_size"] >= e).astype(int) for e in report["edges"])
+    assert (table["label"] == expected).all()
+    assert report["refused"] == [] and report["num_images"] == 120 and report["num_classes"] == 4
+    for split, counts in report["counts"].items():
+        assert counts == [((table["split"] == split) & (table["label"] == y)).sum() for y in range(4)]
+    train = table[table["split"] == "train"]
+    assert train["label"].value_counts().max() - train["label"].value_counts().min() <= 4
+    assert not set(report["edges"]) & set(train["score_jpeg_size"])
+
+
+def test_quantiles_of_the_training_split_alone():
+    assert data.bin_edges(np.arange(8.0), "quantiles", 4) == [1.5, 3.5, 5.5]
+    assert data.bin_edges(np.arange(8.0), [1, 2.5], 4) == [1, 2.5]
+    assert data.bin_edges(np.array([0.0] * 6 + [1.0] * 2), "quantiles", 2) == [0.5]
+
+
+@pytest.mark.parametrize("scores", [np.zeros(10), np.r_[np.zeros(50), 1.0], np.array([1.0])])
+def test_quantiles_that_coincide(scores):
+    with pytest.raises(UserError, match="quantiles of the scores coincide.*lower label.num_classes"):
+        data.bin_edges(scores, "quantiles", 3)
+
+
+def test_paths_load_from_the_working_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table, _ = build(Path("images"))
+    assert table["path"][0] == "images/000.png"
+    images = data.load_images(table["path"])
+    assert images.shape == (120, 3, 8, 8) and images.dtype == torch.uint8
+    np.testing.assert_array_equal(images[5].permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / "005.png")))
+    monkeypatch.chdir(folder)
+    table, _ = build(folder.parent / "images")
+    assert table["path"][0] == "000.png"
+    monkeypatch.chdir("/")
+    assert Path(build(folder)[0]["path"][0]).is_file()
+
+
+def test_every_refused_file_is_named_with_its_reason(folder):
+    table = pd.read_csv(folder / "metadata.csv")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("no image at all")
+    (folder / "cut.png").write_bytes((folder / "100.png").read_bytes()[:-40])
+    Image.new("RGB", (9, 8)).save(folder / "wide.png")
+    shutil.copy(folder / "003.png", folder / "copy.png")
+    with Image.open(folder / "004.png") as image:
+        image.save(folder / "again.bmp")  # the same pixels in another format
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "silent.png")
+    Image.new("RGB", (8, 8), (3, 2, 1)).save(folder / "unlisted.png")
+    (folder / "inner.png").mkdir()
+    names = ["empty.png", "text.png", "cut.png", "wide.png", "copy.png", "again.bmp", "gone.png", "inner.png"]
+    more = pd.DataFrame({"file_name": [*names, "silent.png"], "prompt": [*["x"] * len(names), ""]})
+    pd.concat([table, more]).to_csv(folder / "metadata.csv", index=False)
+    kept, report = build(folder)
+    reasons = {r["file_name"]: r["reason"] for r in report["refused"]}
+    assert kept["file_name"].tolist() == table["file_name"].tolist()
+    assert reasons.pop("text.png").startswith("unreadable") and reasons.pop("cut.png").startswith("unreadable")
+    assert reasons == {
+        "empty.png": "empty",
+        "wide.png": "wrong size: 9x8, not 8x8",
+        "copy.png": "duplicate of 003.png",
+        "again.bmp": "duplicate of 004.png",
+        "gone.png": "missing file",
+        "inner.png": "missing file",
+        "silent.png": "no prompt",
+        "unlisted.png": "not in the table",
+    }
+
+
+def test_splits_follow_the_pixels_and_nothing_else(folder, tmp_path):
+    table, _ = build(folder)
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    shuffled = table.sample(frac=1, random_state=1)
+    for i, name in enumerate(shuffled["file_name"]):
+        with Image.open(folder / name) as image:
+            image.save(renamed / f"{i}.bmp")
+    pd.DataFrame({"file_name": [f"{i}.bmp" for i in range(120)], "text": "other"}).to_parquet(renamed / "metadata.parquet")
+    again, _ = build(renamed)
+    assert again["split"].tolist() == shuffled["split"].tolist() and (again["prompt"] == "other").all()
+
+
+def test_shares():
+    digests = [np.random.default_rng(i).bytes(32) for i in range(4000)]
+    splits = pd.Series([data.choose_split(d, SHARES) for d in digests]).value_counts(normalize=True)
+    assert splits["train"] == pytest.approx(0.8, abs=0.03) and splits["val"] == pytest.approx(0.1, abs=0.02)
+    assert data.choose_split(b"\x00" * 32, SHARES) == "train" and data.choose_split(b"\xff" * 32, SHARES) == "calibration"
+    assert {data.choose(d, ["a", "b", "c"]) for d in digests[:50]} == {"a", "b", "c"}
+
+
+def test_numbers_in_file_names_and_prompts_stay_text(tmp_path):
+    write_folder(tmp_path / "images", 3)
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,prompt\n000.png,1\n001.png,NA\n002.png,null\n")
+    table = data.read_table(tmp_path / "images")
+    assert table["prompt"].tolist() == ["1", "NA", "null"] and table["file_name"][0] == "000.png"
+
+
+def test_generated_samples_and_subjects(folder):
+    table = pd.read_csv(folder / "metadata.csv").assign(subject="bag", seed=1, label=-1)
+    (folder / "metadata.csv").unlink()
+    table.to_parquet(folder / "samples.parquet")
+    built, report = build(folder, oracle="brightness", descending=False)
+    assert (built["subject"] == "bag").all() and set(built["label"]) == {0, 1, 2, 3} and report["unit"] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "images is missing: name a folder"),
+        (lambda f: (f / "metadata.csv").unlink(), "has no table of prompts: add a metadata.csv"),
+        (lambda f: (f / "metadata.csv").write_text("file_name,caption\n000.png,x\n"), r"no column prompt \(it has file_name, caption\)"),
+        (lambda f: (f / "metadata.csv").write_text("prompt\nx\n"), "no column file_name"),
+        (lambda f: (f / "metadata.csv").write_text(""), "no readable CSV"),
+        (lambda f: (f / "metadata.csv").write_bytes(b"file_name,prompt\n\xff\xfe,\xff\n"), "no readable CSV"),
+        (lambda f: (f / "metadata.csv").rename(f / "metadata.parquet"), "metadata.parquet is corrupt"),
+        (lambda f: (f / "metadata.csv").write_text("file_name,prompt\n"), "all 120 images of .* are refused .*000.png: not in the table"),
+        (lambda f: (f / "metadata.csv").write_text("file_name,prompt\nx.png,x\ny.png,y\n"), "all .* refused .x.png: missing file; y.png"),
+        (lambda f: (f / "metadata.csv").write_text("file_name,prompt\n000.png,x\n"), "split .* of its 1 images is empty"),
+    ],
+)
+def test_bad_folders(folder, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        build(folder)
+
+
+def test_all_of_the_wrong_size(folder):
+    with pytest.raises(UserError, match="all 120 images .* wrong size: 8x8, not 32x32"):
+        build(folder, 32)
+
+
+def test_a_label_without_images(folder):
+    with pytest.raises(UserError, match=r"label 0 \(>= 900 kB\) has no image in the training split; the scores span"):
+        build(folder, edges=[0.7, 900])
+    with pytest.raises(UserError, match="out of order"):
+        build(folder, edges=[2, 1])
+
+
+def test_load_images_names_the_file(folder):
+    with pytest.raises(UserError, match=r"nothing.png: missing file"):
+        data.load_images([folder / "000.png", folder / "nothing.png"])
+    Image.new("RGB", (4, 4)).save(folder / "small.png")
+    with pytest.raises(UserError, match=r"small.png has \(4, 4\) pixels"):
+        data.load_images([folder / "000.png", folder / "small.png"])
+    with pytest.raises(UserError, match="no images"):
+        data.load_images([])
+
+
+def test_modes_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"{mode}.tif")
+    assert (data.load_images(sorted(tmp_path.iterdir())) == 255).all()
+
+
+def test_histogram_counts_every_image(folder):
+    table, report = build(folder)
+    axes = data.histogram(table, report).axes[0]
+    assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(120)
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == [
+        f"{y}: {name} (n = {(table['label'] == y).sum()})" for y, name in enumerate(report["label_names"])
+    ]
+    data.histogram(table, report).savefig(io.BytesIO())
+
+
+def write_idx(folder: Path, n: int) -> None:
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), np.uint8)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes(i % 10 for i in range(n))))
+
+
+def test_unpack(tmp_path):
+    write_idx(tmp_path / "idx", 30)
+    table = data.unpack(tmp_path / "idx", "t10k", ["{}", "a {}"], 32, tmp_path / "images")
+    read = data.read_table(tmp_path / "images")
+    pd.testing.assert_frame_equal(read, table, check_dtype=False)
+    assert set(read.columns) == {"file_name", "prompt", "subject"} and read["subject"].tolist() == data.GARMENTS * 3
+    assert {p.replace(s, "{}") for p, s in zip(read["prompt"], read["subject"], strict=True)} == {"{}", "a {}"}
+    expected, _ = data.read_idx(tmp_path / "idx", "t10k")
+    assert torch.equal(data.load_images(tmp_path / "images" / name for name in read["file_name"]), expected)
+
+
+def test_unpack_bad_files(tmp_path):
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz is missing"):
+        data.unpack(tmp_path, "t10k", ["{}"], 32, tmp_path / "images")
+    write_idx(tmp_path / "idx", 30)
+    path = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="are corrupt"):
+        data.unpack(tmp_path / "idx", "t10k", ["{}"], 32, tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+
+
+def test_embedded_images_are_there():
+    images, labels = data.read_idx(IDX, "t10k")
+    assert images.shape == (10_000, 3, 32, 32) and labels.bincount().tolist() == [1000] * 10

@@ -1,0 +1,64 @@
+"""pyproject.toml, constraints.txt, environment.yml and the Makefile agree."""
+
+import ast
+import os
+import re
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.repository import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
+OURS = {"ctrl", "scripts", "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+COMES_WITH_ANOTHER = {"packaging"}  # of pytest, in tests alone
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{line}: a name and a public version, nothing else"
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def requirements() -> list[Requirement]:
+    return [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_requirement_is_pinned_within_its_range(requirement):
+    version = pins()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version)
+
+
+def test_torch_and_torchvision_are_a_pair():
+    assert (pins()["torch"], pins()["torchvision"]) == ("2.14.1", "0.29.1")
+
+
+def test_conda_installs_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-c constraints.txt", "-e .[dev]"]
+    (python,) = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(python.removeprefix("python=") + ".0")
+    assert environment["name"] == PROJECT["name"] == "ctrl-diffusion"
+
+
+def test_make_installs_the_same():
+    assert "-c constraints.txt -e '.[dev]'" in (ROOT / "Makefile").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_every_imported_package_is_required():
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()} | COMES_WITH_ANOTHER
+    for path in [*ROOT.glob("ctrl/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tests/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - OURS:
+                assert canonicalize_name(MODULES.get(name, name)) in declared, f"{path.name} imports {name}"

@@ -1,0 +1,154 @@
+"""The workflow's plan (dry runs): its rules, and one line for a mistake in the configuration."""
+
+import ast
+import re
+
+import pytest
+
+from tests.repository import ROOT, copy_repository, snakemake
+
+DEMO = {
+    "unpack_images": 1,
+    "build_dataset": 1,
+    "sample_pool": 1,
+    "train_classifier": 1,
+    "estimate_cells": 1,
+    "tune": 1,
+    "finetune": 1,
+    "sample": 5,  # four rows and the reference
+    "sample_val": 1,
+    "evaluate": 4,
+    "tabulate": 1,
+    "plot_figures": 1,
+    "all": 1,
+}
+INFRASTRUCTURE = {"scripts/common.py", *(f"ctrl/{name}.py" for name in ("config", "errors", "io", "tracking", "__init__"))}
+EXEMPT = {  # imported, but without a say in the result of these rules
+    "pretrain": {"ctrl/oracles.py"},
+    "train_garments": {"ctrl/oracles.py"},
+    "unpack_images": {"ctrl/oracles.py"},
+    "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
+    "finetune": {"ctrl/metrics.py", "ctrl/guidance/reconstruction.py"},
+    "sample": {"ctrl/metrics.py"},
+    "tune": {"ctrl/control.py", "ctrl/finetune/objective.py", "ctrl/figures.py"},
+    "plot_figures": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+    "plot_sweep": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return copy_repository(tmp_path_factory.mktemp("workflow") / "repository")
+
+
+def plan(repository, *arguments: str) -> dict[str, int]:
+    """The number of jobs of each rule."""
+    done = snakemake(repository, "-n", "--cores", "2", *arguments)
+    assert done.returncode == 0, done.stdout
+    table = done.stdout.split("Job stats:")[1].split("total")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("configfile", ["config/config.yaml", "config/smoke.yaml"])
+def test_rules_of_the_demo(repository, configfile):
+    assert plan(repository, "all", "--configfile", configfile) == DEMO
+
+
+def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
+    jobs = plan(repository, "paper")
+    assert jobs["finetune"] == 4  # gamma 1, 3, 10 and 30; that of the configuration is `ctrl`
+    assert jobs["sample_val"] == 5  # the four of the sweep and the reference
+    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (6, 5, 4)
+    assert jobs["tabulate"] == 2
+    assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
+
+
+def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
+    done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
+    assert done.returncode == 0, done.stdout
+    outputs = re.findall(r"output: (.*)", done.stdout)
+    assert outputs
+    assert all(path.startswith("results/pretrain/") for line in outputs for path in line.split(", "))
+
+
+@pytest.mark.parametrize(("kind", "first"), [("folder", "build_dataset"), ("generated", "generate_images")])
+def test_other_datasets(repository, kind, first):
+    images = repository / "my_images"
+    images.mkdir(exist_ok=True)
+    (images / "metadata.csv").write_text("file_name,prompt\n")
+    (repository / "config" / f"{kind}.yaml").write_text(f"dataset: {{kind: {kind}, path: my_images}}")
+    jobs = plan(repository, "all", "--configfile", f"config/{kind}.yaml")
+    assert first in jobs
+    assert "unpack_images" not in jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("finetune: {gama: 3}", "unknown key finetune.gama; did you mean finetune.gamma?"),
+        ("finetune: {gamma: 0}", "finetune.gamma is 0; it must be a finite number above 0"),
+        ("label: {edges: [3.0, 2.0]}", "label.edges is [3.0, 2.0]; it must be a list of 1 or more entries, in ascending order"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_line(repository, text, says):
+    (repository / "config" / "mistake.yaml").write_text(f"experiment: mistaken\n{text}\n")
+    done = snakemake(repository, "-n", "--cores", "2", "all", "--configfile", "config/mistake.yaml")
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in done.stdout
+    assert not (repository / "results" / "mistaken").exists()
+
+
+def test_a_mistake_in_the_table_of_methods_is_one_line(tmp_path):
+    repository = copy_repository(tmp_path / "repository")
+    table = (repository / "config" / "methods.tsv").read_text()
+    (repository / "config" / "methods.tsv").write_text(table.replace("\tguidance\t", "\tguidence\t", 2))
+    done = snakemake(repository, "-n", "--cores", "2", "all")
+    assert done.returncode != 0
+    assert "error: config/methods.tsv, method" in done.stdout
+
+
+def imports(path: str) -> set[str]:
+    """Modules of this repository that a file imports, as paths."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    paths = {name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("ctrl", "scripts")}
+    return {path for path in paths if (ROOT / path).exists()}
+
+
+def closure(path: str) -> set[str]:
+    seen, open_paths = set(), [path]
+    while open_paths:
+        if (path := open_paths.pop()) not in seen:
+            seen.add(path)
+            open_paths += imports(path)
+    return seen
+
+
+def code_lists() -> dict:
+    """The variables of common.smk that list code."""
+    text = (ROOT / "workflow/rules/common.smk").read_text()
+    namespace = {}
+    exec(text[text.index("CORE = [") : text.index("IMAGES, *TABLES")], namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("rule", sorted(code_lists()["CODE"]))
+def test_every_module_that_alters_a_result_is_an_input(rule):
+    lists = code_lists()
+    listed = set(lists["CODE"][rule]) | (set(lists["CONTROL"] + lists["GUIDANCE"]) if rule == "sample" else set())
+    assert all((ROOT / path).exists() for path in listed), "a listed file is missing"
+    script = lists["CODE"][rule][0]
+    assert closure(script) - INFRASTRUCTURE - EXEMPT.get(rule, set()) <= listed
+
+
+def test_rules_are_shell_commands_only():
+    for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
+        assert not re.search(r"^ +(script|run|message|notebook|wrapper):", path.read_text(), re.MULTILINE), path
+    assert len((ROOT / "workflow/rules/common.smk").read_text().splitlines()) < 150
