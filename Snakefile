@@ -1,7 +1,7 @@
 # Give a pretrained diffusion model a new control from labels alone, and compare it with the exact answer.
 #
 #   snakemake --cores all all                                     the embedded default, config/config.yaml
-#   snakemake --cores all --configfile config/smoke.yaml all      every rule in minutes, with few steps and images
+#   snakemake --cores all all --configfile config/smoke.yaml      every rule in minutes, with few steps and images
 #   snakemake --cores all paper                                   further rows of the table and the sweep of gamma; hours
 #   snakemake --profile slurm all                                 the same on a cluster
 

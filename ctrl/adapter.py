@@ -66,13 +66,13 @@ np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=lab
 """
 
 
-def write_adapter(control: Control, folder: Path, described: dict) -> None:
-    """Writes weights, adapter.json, README.md and pipeline.py; `described` is what `ctrl.control.describe` returns."""
+def write_adapter(control: Control, folder: Path, described: dict, prompt: str) -> None:
+    """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; `described` is from `ctrl.control.describe`."""
     control.save(folder)
     last, settings = described["last"], described["finetune"]
     labels = "\n".join(f"| {y} | {name} |" for y, name in enumerate(described["label_names"]))
     card = CARD.format(
-        **described | {"labels": labels, "folder": folder, "prompt": "…"},
+        **described | {"labels": labels, "folder": folder, "prompt": prompt},
         updates=settings["num_updates"], batch_size=settings["batch_size"], log_prob=last["log_prob"], kl_nats=last["kl_nats"],
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
     )  # fmt: skip

@@ -170,7 +170,7 @@ def fit(
     history = train_epochs(classifier, (features, scores, labels), where, config, seed)
     rows = where["calibration"]
     calibrate(classifier, outputs_of(classifier, features[rows]), labels[rows])
-    return classifier.eval().requires_grad_(False), history
+    return classifier.requires_grad_(False), history
 
 
 @torch.no_grad()
@@ -205,6 +205,7 @@ def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], wh
     progress = tqdm(range(config["num_epochs"]), desc="classifier", mininterval=2, disable=None)
     for epoch in progress:
         total = 0.0
+        classifier.train()
         for rows in where["train"][torch.randperm(len(where["train"]), generator=generator)].split(config["batch_size"]):
             loss = loss_at(rows)
             if not torch.isfinite(loss):
@@ -213,6 +214,7 @@ def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], wh
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
+        classifier.eval()
         with torch.no_grad():
             val = sum(loss_at(rows).item() * len(rows) for rows in where["val"].split(1024)) / len(where["val"])
         if val < best:
@@ -222,7 +224,7 @@ def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], wh
         )
         plateau.step(val)
         progress.set_postfix(train=f"{history[-1]['train_loss']:.3f}", val=f"{val:.3f}")
-    classifier.load_state_dict(best_state, strict=False)
+    classifier.eval().load_state_dict(best_state, strict=False)
     return history
 
 

@@ -246,12 +246,11 @@ def histogram(table: pd.DataFrame, report: dict) -> Figure:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     width = max(np.ptp(score) / 80, 1e-9)
-    ends = [score.min(), *report["edges"], score.max() + width]
-    bins = np.concatenate([np.linspace(a, b, max(round((b - a) / width), 1), endpoint=False) for a, b in pairwise(ends)] + [ends[-1:]])
-    colours = [f"C{k % 10}" for k in range(report["num_classes"])]
-    parts = [score[table["label"] == k] for k in range(report["num_classes"])]
-    names = [f"{k}: {name} (n = {len(part)})" for k, (name, part) in enumerate(zip(report["label_names"], parts, strict=True))]
-    axes.hist(parts, bins=bins, stacked=True, color=colours, label=names)
+    ends = list(pairwise([score.min(), *report["edges"], score.max() + width]))
+    for y, (low, high) in enumerate(ends[::-1] if report["descending"] else ends):
+        part = score[table["label"] == y]
+        bins = np.linspace(low, high, max(round((high - low) / width), 1) + 1)
+        axes.hist(part, bins=bins, color=f"C{y % 10}", label=f"{y}: {report['label_names'][y]} (n = {len(part)})")
     for edge in report["edges"]:
         axes.axvline(edge, color="black", linestyle="--", linewidth=1)
         axes.annotate(f"{edge:.4g}", (edge, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -34,13 +35,19 @@ ORACLE_NAMES = {"jpeg_size": "JPEG size", "brightness": "brightness"}
 METRIC_NAMES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "kid_rejection": "KID to rejection", "kid_rejection_within": "KID within cells",
     "diversity": "diversity", "prompt_accuracy": "prompt accuracy", "clip_score": "CLIP score", "kl_nats": "path KL / nats",
-    "log_prob": "log p̂(y | x) / nats", "oracle_accuracy": "oracle's accuracy on the probe", "temperature": "classifier softened by",
+    "log_prob": "log p̂(y | x) / nats", "oracle_accuracy": "oracle's accuracy on the probe", "temperature": "temperature of the classifier",
 }  # fmt: skip
 
 
 def method_name(method: str) -> str:
-    """A method's name for people."""
-    return method.replace("_", " ")
+    """A method's name for people: `reconstruction guidance`, `CTRL, γ = 1`."""
+    return re.sub(r"^CTRL gamma([\d.]+)$", r"CTRL, γ = \1", re.sub(r"^ctrl\b", "CTRL", method.replace("_", " ")))
+
+
+def label_name(report: dict, label: int, with_unit: bool = True) -> str:
+    """What a label means, for people: `≥ 1.3 kB`, `1.2–1.3 kB`."""
+    name = re.sub(r"(?<=\d)-(?=\d)", "–", report["label_names"][label].replace(">=", "≥"))
+    return name if with_unit else name.removesuffix(f" {UNITS.get(report['oracle'], '')}").strip()
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
@@ -116,7 +123,7 @@ def grid_figure(
 
     cells: the (subject, label) pairs that are asked for; report: the dataset's report.json.
     """
-    left, top, step, row_height = 2.3, 1.75, 1.08, 1.5
+    left, top, step, row_height = 2.3, 1.5, 1.08, 1.46
     group = per_cell * step + 0.5
     num_classes = report["num_classes"]
     with matplotlib.rc_context(STYLE):
@@ -125,7 +132,7 @@ def grid_figure(
         for y, colour in enumerate(label_colours(num_classes)):
             x = left + y * group
             axes.add_patch(Rectangle((x, top - 0.2), per_cell * step - 0.08, 0.07, color=colour))
-            axes.text(x, top - 0.38, f"asked for label {y}:  {report['label_names'][y]}", fontsize=8, va="bottom", color=INK)
+            axes.text(x, top - 0.38, f"asked for label {y}:  {label_name(report, y)}", fontsize=8, va="bottom", color=INK)
         asked = {(s, int(y)) for s, y in cells}
         for row, subject in enumerate(subjects):
             at = top + row * row_height
@@ -164,17 +171,27 @@ def teaser_figure(pretrained: Samples, ctrl: Samples, subjects: Sequence[str], r
 
     The first pictures are shown, none is chosen; where both methods were given the same seed for a subject, it is used.
     """
-    left, top, step, row_height, gap = 2.0, 1.55, 1.14, 1.46, 0.8
+    left, top, step, row_height, gap = 2.0, 1.25, 1.14, 1.44, 0.8
     num_classes, start = report["num_classes"], left + num_pretrained * step + gap
     width = start + num_classes * step + 0.25
     with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(width, top + len(subjects) * row_height + 0.3, 0.72)
-        axes.text(left, 0.42, "pretrained", fontsize=10, fontweight="bold", va="center", color=INK)
-        axes.text(start, 0.42, "with CTRL, asked for", fontsize=10, fontweight="bold", va="center", color=INK)
-        axes.text(left, top - 0.36, oracle_name(report), fontsize=7, va="bottom", color=PALE)
+        figure, axes = _canvas(width, top + len(subjects) * row_height, 0.72)
+        axes.text(left, 0.38, "pretrained", fontsize=10, fontweight="bold", va="center", color=INK)
+        axes.text(
+            start,
+            0.38,
+            f"with CTRL, asked for the {oracle_name(report, with_unit=False)}",
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+            color=INK,
+        )
+        axes.text(left, top - 0.3, oracle_name(report), fontsize=7, va="bottom", color=PALE)
         for y, colour in enumerate(label_colours(num_classes)):
             axes.add_patch(Rectangle((start + y * step, top - 0.2), 1, 0.09, color=colour))
-            axes.text(start + y * step + 0.5, top - 0.36, report["label_names"][y], ha="center", fontsize=7, va="bottom", color=INK)
+            axes.text(
+                start + y * step + 0.5, top - 0.3, label_name(report, y, with_unit=False), ha="center", fontsize=7.5, va="bottom", color=INK
+            )
         for row, subject in enumerate(subjects):
             at = top + row * row_height
             axes.text(left - 0.2, at + 0.5, subject, ha="right", va="center", fontsize=9, color=INK)
@@ -230,7 +247,9 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
     num_classes, colours = report["num_classes"], label_colours(report["num_classes"])
     scores = np.concatenate([t["score"] for t in tables.values()])
     low, high = np.quantile(scores, [0.001, 0.999]) + np.array([-0.03, 0.03]) * np.ptp(scores)
-    grid = np.linspace(low, high, num_bins + 1)
+    cuts = [low, *(e for e in report["edges"] if low < e < high), high]
+    counts = [max(1, round(num_bins * (b - a) / (high - low))) for a, b in pairwise(cuts)]
+    grid = np.concatenate([*(np.linspace(a, b, n, endpoint=False) for (a, b), n in zip(pairwise(cuts), counts, strict=True)), [high]])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 2.1 * len(tables), 0.8 + 1.05 * num_classes), layout="constrained")
         panels = figure.subplots(num_classes, len(tables), sharex=True, sharey="row", squeeze=False)
@@ -248,16 +267,16 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
                     box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
                     axes.text(0.97, 0.93, f"{share:.0%}", transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=box)
                 if column == 0:
-                    axes.set_ylabel(f"label {y}\n{report['label_names'][y]}", rotation=0, ha="right", va="center", labelpad=8)
+                    axes.set_ylabel(f"label {y}\n{label_name(report, y)}", rotation=0, ha="right", va="center", labelpad=8)
             panels[0, column].set_title(method_name(method), fontweight="bold")
         figure.supxlabel(f"measured {oracle_name(report)}   (shaded: what was asked for; dashed: edges of the bins)", fontsize=8)
         save(figure, path)
 
 
-def confusion(counts: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str], path: Path) -> None:
+def confusion(counts: Mapping[str, Sequence[Sequence[int]]], report: dict, path: Path) -> None:
     """A confusion matrix for each method, rows as percentages of what was requested. counts: method -> [requested][measured]."""
-    num_classes = len(label_names)
-    ticks = [f"{y}: {name}" for y, name in enumerate(label_names)]
+    num_classes = report["num_classes"]
+    ticks = [f"{y}: {label_name(report, y)}" for y in range(num_classes)]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         side = 0.42 * num_classes
         figure = Figure(figsize=(1.5 + (side + 0.35) * len(counts), side + 1.5), layout="constrained")

@@ -18,8 +18,8 @@ from ctrl.errors import UserError
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as float32: uint8 levels are converted, floats left as they are."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+    """Images in [-1, 1]: uint8 levels become float32, floats are left as they are."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 class DctNetwork(nn.Module):
@@ -88,13 +88,13 @@ class DctNetwork(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with group normalisation, added to a 1x1 convolution of the input."""
+    """Two 3x3 convolutions with batch normalisation, added to a 1x1 convolution of the input."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 3, stride, 1), nn.GroupNorm(8, channels), nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels),
+            nn.Conv2d(channels_in, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels),
         )  # fmt: skip
         self.skip = nn.Conv2d(channels_in, channels, 1, stride)
 
@@ -158,7 +158,7 @@ def load_clip(model: str, pretrained: str | None) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            clip = open_clip.create_model(model, pretrained=pretrained)
+            clip = open_clip.create_model(model, pretrained=pretrained, require_pretrained=pretrained is not None)
     except Exception as error:  # the hub, the network, the file and open_clip each raise their own
         raise UserError(f"CLIP {model} with weights {pretrained!r} cannot be loaded ({error}): give the path of a local file") from error
     return clip.eval().requires_grad_(False)

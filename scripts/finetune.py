@@ -86,11 +86,11 @@ def main() -> None:
             "finetune": settings,
             "train_seconds": round(sum(row["seconds"] for row in history), 1),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-            "unet_passes": {"forward": base.passes.forward, "backward": base.passes.backward},
+            "unet_passes": {way: sum(row[f"unet_{way}"] for row in history) for way in ("forward", "backward")},
             "last": history[-1],
         }
         described = controls.describe(control, config["base"]["path"], sampler, space.names, figures)
-        write_adapter(control, args.output, described)
+        write_adapter(control, args.output, described, templates["train"][0].format(cells[0][0]))
         check_in_plain_diffusers(control, process, args.output, described, cells, templates["train"])
         loop.discard_checkpoint(args.output)
         for file in sorted(args.output.glob("*.*")):

@@ -46,7 +46,7 @@ def main() -> None:
         for method, drawn in samples.items():
             figures.grid(drawn, asked, cells["subjects"], report, figures.method_name(method), path(f"grid_{method}"))
         figures.sizes({method: drawn.table for method, drawn in samples.items()}, report, path("sizes"))
-        figures.confusion({e["method"]: e["confusion"] for e in evaluations}, report["label_names"], path("confusion"))
+        figures.confusion({e["method"]: e["confusion"] for e in evaluations}, report, path("confusion"))
         if histories:
             figures.training(histories, path("training"), report["num_classes"])
         trained = next((samples[name] for name in ("ctrl", *histories) if name in samples), None)

@@ -39,7 +39,7 @@ def adapter(tiny_sd, control, tmp_path):
     described = controls.describe(control, str(tiny_sd), SAMPLER, ["a", "b", "c"], extra)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    write_adapter(control, folder, described)
+    write_adapter(control, folder, described, "coat")
     return folder, described
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ctrl import errors, io, tracking
 from scripts import build_dataset, unpack_images
-from test_data import write_folder, write_idx
+from tests.test_data import write_folder, write_idx
 
 
 class Recorder:
@@ -91,7 +91,7 @@ def test_unpacked_images_are_a_folder(call, tmp_path):
         (lambda f: [p.write_bytes(b"") for p in f.glob("*.png")], {}, "all 120 images of images are refused (000.png: empty"),
         (lambda f: None, {"edges": [0.1, 0.7]}, "(< 0.1 kB) has no image in the training split"),
         (lambda f: None, {"edges": [0.7, 0.6]}, "label.edges"),
-        (lambda f: None, {"num_classes": 80}, "quantiles of the scores coincide"),
+        (lambda f: None, {"num_classes": 200}, "quantiles of the scores coincide"),
     ],
 )
 def test_one_clear_line_and_nothing_written(call, tmp_path, capsys, change, label, message):
@@ -117,4 +117,5 @@ def test_help_names_every_argument(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit) as stopped:
         script.main()
-    assert stopped.value.code == 0 and all(name in capsys.readouterr().out for name in ("--config", "--output"))
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--config" in text and "--output" in text

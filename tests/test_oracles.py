@@ -15,7 +15,11 @@ def test_jpeg_size_is_the_file_in_units_of_1000_bytes(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     image.save(tmp_path / "x.jpg", quality=95)
     assert oracles.jpeg_size_kb(image) == (tmp_path / "x.jpg").stat().st_size / 1000
-    assert oracles.jpeg_size_kb(image) > oracles.jpeg_size_kb(image.resize((16, 16)).resize((32, 32))) > oracles.jpeg_size_kb(Image.new("RGB", (32, 32)))
+    assert (
+        oracles.jpeg_size_kb(image)
+        > oracles.jpeg_size_kb(image.resize((16, 16)).resize((32, 32)))
+        > oracles.jpeg_size_kb(Image.new("RGB", (32, 32)))
+    )
     grey = image.convert("L")
     assert oracles.jpeg_size_kb(grey) == oracles.jpeg_size_kb(grey.convert("RGB"))
 

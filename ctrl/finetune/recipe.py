@@ -26,6 +26,8 @@ def gradient_function(
     softening = config["temperature"]
 
     def gradient(update: int) -> dict[str, float]:
+        passes = control.base.passes
+        before = passes.forward, passes.backward
         generator = torch.Generator().manual_seed(seed * 1_000_003 + update)
         prompts, subjects, labels = draw(cells, templates, size, generator)
         seeds = torch.randint(2**62, (size,), generator=generator)
@@ -53,7 +55,8 @@ def gradient_function(
         log_w = config["gamma"] * terms["log_prob"] - terms["log_ratio"]
         loss = kl_weight * mean["kl_nats"] - config["gamma"] * mean["log_prob"]
         variance = within_cell_variance(log_w, list(zip(subjects, labels.tolist(), strict=True)))
-        return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance}
+        counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
+        return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance, **counts}
 
     return gradient
 

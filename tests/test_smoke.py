@@ -1,0 +1,135 @@
+"""The whole chain, every rule, on few images and steps: the files and columns exist, and a second run has nothing to do."""
+
+import csv
+import json
+import sqlite3
+
+import pandas as pd
+import pytest
+
+from tests.repository import copy_repository, snakemake
+
+pytestmark = pytest.mark.slow
+ARGUMENTS = ("--cores", "2", "--configfile", "config/smoke.yaml")
+METHODS = ["pretrained", "rejection", "reconstruction_guidance", "ctrl"]
+COLUMNS = ["method", "family", "fine_tunes", "learns_xt_to_y", "uses_conditional_independence", "n"]
+METRICS = ["accuracy", "macro_f1", "kid_rejection", "precision", "recall", "diversity", "prompt_accuracy"]
+COSTS = ["nfe_forward", "nfe_backward", "seconds_per_image", "peak_memory_mb"]
+FILES = [
+    "dataset/metadata.parquet",
+    "dataset/report.json",
+    "dataset/histogram.png",
+    "pool/samples.parquet",
+    "cells.json",
+    "classifier/model.safetensors",
+    "classifier/config.json",
+    "classifier/metrics.json",
+    "classifier/reliability.png",
+    "adapters/ctrl/pytorch_lora_weights.safetensors",
+    "adapters/ctrl/label_embedding.safetensors",
+    "adapters/ctrl/adapter.json",
+    "adapters/ctrl/README.md",
+    "adapters/ctrl/history.jsonl",
+    "adapters/ctrl/pipeline.py",
+    "tuning/reconstruction_guidance.json",
+    "samples/ctrl/samples.parquet",
+    "samples/rejection_reference/samples.parquet",
+    "samples_val/rejection/samples.parquet",
+    "tables/results.csv",
+    "tables/results.md",
+    "tables/results.tex",
+    "figures/teaser.png",
+    "figures/sizes.png",
+    "figures/confusion.png",
+    "figures/training.png",
+    "figures/grid_ctrl.png",
+    "figures/grid_rejection.png",
+    "config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
+    done = snakemake(repository, "all", *ARGUMENTS, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return repository
+
+
+@pytest.fixture(scope="module")
+def results(repository):
+    return repository / "results" / "smoke"
+
+
+def test_every_file_is_there(results):
+    assert [name for name in FILES if not (results / name).exists()] == []
+    assert not list(results.rglob("*.tmp"))
+    assert not (results / "adapters" / "ctrl" / "checkpoints").exists()
+
+
+def test_table(results):
+    rows = list(csv.DictReader((results / "tables" / "results.csv").open()))
+    assert [row["method"] for row in rows] == METHODS
+    assert list(rows[0])[: len(COLUMNS)] == COLUMNS
+    for name in METRICS:
+        assert {name, f"{name}_lo", f"{name}_hi"} <= set(rows[0])
+        assert all(float(row[f"{name}_lo"]) <= float(row[f"{name}_hi"]) for row in rows)
+    assert set(COSTS) <= set(rows[0])
+    by_method = {row["method"]: row for row in rows}
+    assert float(by_method["rejection"]["accuracy"]) == 1
+    assert float(by_method["ctrl"]["kl_nats"]) >= 0
+    assert float(by_method["ctrl"]["train_seconds"]) > 0
+    assert float(by_method["reconstruction_guidance"]["nfe_backward"]) > 0
+
+
+def test_samples(results):
+    per_label = json.loads((results / "config.json").read_text())["evaluation"]["images_per_label"]
+    for method in METHODS:
+        table = pd.read_parquet(results / "samples" / method / "samples.parquet")
+        assert {"file_name", "prompt", "subject", "label", "seed", "nfe_forward", "nfe_backward", "seconds"} <= set(table)
+        assert (table["label"].value_counts() == per_label).all()
+        assert all((results / "samples" / method / name).is_file() for name in table["file_name"])
+    asked = {tuple(cell) for cell in json.loads((results / "cells.json").read_text())["cells"]}
+    assert set(table[["subject", "label"]].itertuples(index=False, name=None)) <= asked
+
+
+def test_both_sets_of_rejection_samples_differ(results):
+    row, reference = (pd.read_parquet(results / "samples" / name / "samples.parquet") for name in ("rejection", "rejection_reference"))
+    assert not set(row["seed"]) & set(reference["seed"])
+
+
+def test_every_script_logged_a_run(repository):
+    with sqlite3.connect(repository / "results" / "mlflow.db") as database:
+        runs = [name for (name,) in database.execute("select name from runs where status = 'FINISHED'")]
+        experiments = {name for (name,) in database.execute("select name from experiments")}
+    assert "smoke" in experiments
+    assert {"finetune ctrl", "sample ctrl", "evaluate ctrl", "tabulate"} <= set(runs)
+
+
+def test_a_second_run_has_nothing_to_do(repository):
+    done = snakemake(repository, "all", *ARGUMENTS)
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stdout
+
+
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(repository):
+    done = snakemake(repository, "-n", "all", *ARGUMENTS, "--config", "tuning={'num_images': 16}")
+    assert done.returncode == 0, done.stdout
+    assert "rule tune:" in done.stdout
+    assert "rule finetune:" not in done.stdout
+    assert "rule train_classifier:" not in done.stdout
+
+
+def test_report(repository, results):
+    done = snakemake(repository, "all", *ARGUMENTS, "--report", "results/smoke/report.html")
+    assert done.returncode == 0, done.stdout
+    text = (results / "report.html").read_text()
+    for name in ("results.csv", "teaser.png", "grid_ctrl.png", "reliability.png", "training.png"):
+        assert name in text
+
+
+def test_sweep_of_gamma(repository, results):
+    done = snakemake(repository, "sweep", *ARGUMENTS, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert (results / "figures" / "gamma_sweep.png").is_file()
+    assert json.loads((results / "adapters" / "ctrl_gamma1" / "adapter.json").read_text())["gamma"] == 1
