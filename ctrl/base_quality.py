@@ -15,6 +15,7 @@ from ctrl.evaluation import score_images
 from ctrl.features import GarmentNet, compute
 from ctrl.generate import generate
 
+STAGES = {"vae": "autoencoder", "decoder": "decoder alone", "unet": "text encoder and UNet"}  # of config/pretrain.yaml
 CARD = """---
 license: mit
 library_name: diffusers
@@ -23,9 +24,9 @@ tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, fashion-mnis
 ---
 # A Stable Diffusion in miniature
 
-Draws {image_size}x{image_size} pictures of {num_subjects} garments ({subjects}) from a prompt. An ordinary diffusers folder: CLIP tokenizer and
-text encoder, `AutoencoderKL` to {latent_shape} latents, `UNet2DConditionModel` with text cross-attention, DDIM scheduler with Stable
-Diffusion's noise schedule; {num_parameters:.1f} M parameters in half precision.
+Draws {image_size}x{image_size} pictures of {num_subjects} garments from a prompt: {subjects}.
+An ordinary diffusers folder: CLIP tokenizer and text encoder, `AutoencoderKL` to {latent_shape} latents, `UNet2DConditionModel` with text
+cross-attention, DDIM scheduler with Stable Diffusion's noise schedule; {num_parameters:.1f} M parameters in half precision.
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -39,20 +40,20 @@ pipe("a photo of a sneaker", num_inference_steps={num_steps}, guidance_scale={gu
 ## Figures
 {autoencoder}
 
-Samples by DDIM with eta {eta:g} and prompt guidance {guidance_scale:g} (1 is unguided), {num_samples:,} pictures of all garments alike, prompts
-{prompts}:
+Samples by DDIM with eta {eta:g} and prompt guidance {guidance_scale:g} (1 is unguided): {num_samples:,} pictures, all garments alike,
+prompts {prompts}.
 
 {samples}
 
-The garment classifier ([../garments](../garments/README.md)) was trained on real images alone and is right on {real_agreement:.1%} of the real test images.
-Fréchet distances are in its features, each between as many images and all {num_test:,} real test images. Measured by `scripts/check_base.py`; all figures are
-in quality.json.
+The garment classifier ([../garments](../garments/README.md)) was trained on real images alone; it is right on {real_agreement:.1%}
+of the real test images. Fréchet distances are in its features, each between as many images and all {num_test:,} real test images.
+Measured by `scripts/check_base.py`; all figures are in quality.json.
 
 ## Training
 By `scripts/pretrain.py` with `config/pretrain.yaml` (seed {seed}) on the {num_train:,} training images of
-[Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (MIT licence), padded with black to {image_size} pixels, a garment's name in one of
-{num_templates} templates as the prompt, dropped for {prompt_dropout:.0%} of the images. Autoencoder: {vae_steps:,} updates of {vae_batch} images; text encoder and
-UNet: {unet_steps:,} updates of {unet_batch}. The losses are in history.jsonl. The test images took no part.
+[Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (MIT licence), padded with black to {image_size} pixels. The prompt is a
+garment's name in one of {num_templates} templates, dropped for {prompt_dropout:.0%} of the images. Updates of {batch} images:
+{updates}. The losses are in history.jsonl. The test images took no part.
 
 ## Limits
 It knows the words of its templates and nothing else. Pictures are grey, on black.
@@ -128,7 +129,7 @@ def check_samples(
     return {
         "n": n,
         "agreement": {"value": hits.mean().item(), "n": n, "lo": lo, "hi": hi},
-        "agreement_by_subject": {s: hits[(table["subject"] == s).to_numpy()].mean().item() for s in dict.fromkeys(subjects)},
+        "agreement_by_subject": {s: hits[torch.tensor((table["subject"] == s).tolist())].mean().item() for s in dict.fromkeys(subjects)},
         "real_agreement": real_hits.mean().item(),
         "size_quartiles_kb": quartiles.tolist(),
         "real_size_quartiles_kb": real_quartiles.tolist(),
@@ -198,8 +199,9 @@ def model_card(quality: dict, path: str, settings: dict) -> str:
         num_steps=drawn[0]["num_steps"], guidance_scale=quality["guidance_scale"], eta=quality["eta"], num_samples=drawn[0]["n"],
         prompts=", ".join(f'"{p}"' for p in quality["prompts"]), autoencoder=autoencoder, samples=samples,
         real_agreement=drawn[0]["real_agreement"], num_test=quality["num_test"], num_train=quality["num_train"], seed=settings["seed"],
-        num_templates=len(settings["prompts"]), prompt_dropout=settings["unet"]["prompt_dropout"], vae_steps=settings["vae"]["num_steps"],
-        vae_batch=settings["vae"]["batch_size"], unet_steps=settings["unet"]["num_steps"], unet_batch=settings["unet"]["batch_size"],
+        num_templates=len(settings["prompts"]), prompt_dropout=settings["unet"]["prompt_dropout"],
+        batch=settings["unet"]["batch_size"],
+        updates=", ".join(f"{settings[stage]['num_steps']:,} for the {name}" for stage, name in STAGES.items() if stage in settings),
     )  # fmt: skip
 
 

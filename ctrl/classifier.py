@@ -34,26 +34,29 @@ def straight_through(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ heads
 
 
-def interval_log_probs(mean: Tensor, sd: Tensor, edges: Tensor) -> Tensor:
-    """Log-probabilities (B, K) that Normal(mean, sd²), both with shape (B,), falls between the K - 1 ascending `edges`, outer bins open.
+def interval_log_probs(mean: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
+    """Log-probabilities (B, K) that Logistic(mean, scale), both with shape (B,), falls between the K - 1 ascending `edges`, outer bins open.
 
-    log(Phi(b) - Phi(a)) = log Phi(b) + log(1 - Phi(a) / Phi(b)), reflected to the lower tail, in double precision: value and gradient
-    stay right hundreds of standard deviations away.
+    log(F(b) - F(a)) = log F(b) + log(1 - F(a) / F(b)) with F = sigmoid, reflected to the lower tail, in double precision: value and
+    gradient stay right hundreds of scales away.
     """
-    z = (edges.double() - mean.double()[:, None]) / sd.double()[:, None]
+    z = (edges.double() - mean.double()[:, None]) / scale.double()[:, None]
     lower, upper = z[:, :-1], z[:, 1:]
     reflect = lower + upper > 0
     lower, upper = torch.where(reflect, -upper, lower), torch.where(reflect, -lower, upper)
-    log_upper = torch.special.log_ndtr(upper)
-    difference = (torch.special.log_ndtr(lower) - log_upper).clamp(max=-1e-15)
+    log_upper = F.logsigmoid(upper)
+    difference = (F.logsigmoid(lower) - log_upper).clamp(max=-1e-15)
     inner = log_upper + torch.log(-torch.expm1(difference))
-    return torch.cat([torch.special.log_ndtr(z[:, :1]), inner, torch.special.log_ndtr(-z[:, -1:])], dim=1).to(mean.dtype)
+    return torch.cat([F.logsigmoid(z[:, :1]), inner, F.logsigmoid(-z[:, -1:])], dim=1).to(mean.dtype)
 
 
 class DensityHead(nn.Module):
-    """score ~ Normal(mean(x), sd(x)²), in units of the training scores' standard deviation; labels by its distribution function.
+    """score ~ Logistic(mean(x), scale(x)), fitted in units of the training scores' standard deviation; labels by its distribution function.
 
-    The network's two outputs are the mean and s, with sd = exp(log_sd + tanh(s) log 2): at most a factor of two around the common one.
+    The logistic law has the normal's shape and heavier tails: log p(y | x) falls linearly, not quadratically, with the distance from the bin,
+    so the slope that fine-tuning climbs is bounded and no single image far off drowns a batch.
+
+    The network's two outputs are the mean and s, with scale = exp(log_scale + tanh(s) log 2): at most a factor of two around the common one.
     """
 
     num_outputs = 2
@@ -62,7 +65,7 @@ class DensityHead(nn.Module):
         super().__init__()
         for name, value in {"edges": torch.zeros(num_classes - 1), "score_mean": torch.zeros(()), "score_sd": torch.ones(())}.items():
             self.register_buffer(name, value)
-        self.log_sd = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(()))
 
     def prepare(self, scores: Tensor, edges: Sequence[float]) -> Tensor:
         """Sets the unit and the edges, in the scores' unit, from the training scores with shape (N,); returns these in the new unit."""
@@ -71,20 +74,21 @@ class DensityHead(nn.Module):
         self.edges.copy_(torch.from_numpy(check_edges(edges)))
         return (scores - self.score_mean) / self.score_sd
 
-    def normal(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sd of the score, in its unit, each with shape (B,)."""
-        sd = torch.exp(self.log_sd + math.log(2) * torch.tanh(outputs[:, 1]))
-        return self.score_mean + self.score_sd * outputs[:, 0], self.score_sd * sd
+    def logistic(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of the score, in its unit, each with shape (B,). The standard deviation is scale · pi / sqrt(3)."""
+        scale = torch.exp(self.log_scale + math.log(2) * torch.tanh(outputs[:, 1]))
+        return self.score_mean + self.score_sd * outputs[:, 0], self.score_sd * scale
 
     def log_probs(self, outputs: Tensor, temperature: Tensor, descending: bool) -> Tensor:
-        mean, sd = self.normal(outputs)
-        log_probs = interval_log_probs(mean, sd * temperature, self.edges)
+        mean, scale = self.logistic(outputs)
+        log_probs = interval_log_probs(mean, scale * temperature, self.edges)
         return log_probs.flip(1) if descending else log_probs
 
     def loss(self, outputs: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood of the scores, in units of their sd."""
-        mean, sd = self.normal(outputs)
-        return (torch.log(sd / self.score_sd) + 0.5 * ((scores - mean) / sd).square()).mean()
+        """Mean negative log-likelihood of the scores, in units of their standard deviation."""
+        mean, scale = self.logistic(outputs)
+        z = (scores - mean) / scale
+        return (torch.log(scale / self.score_sd) + z + 2 * F.softplus(-z)).mean()
 
 
 class SoftmaxHead(nn.Module):
@@ -145,12 +149,13 @@ class Classifier(nn.Module):
 
 
 def fit(
-    images: Tensor, scores: Sequence[float], labels: Sequence[int], splits: Sequence[str], description: dict, config: dict, seed: int
-) -> tuple[Classifier, list[dict]]:
+    images: Tensor, scores: Sequence[float], labels: Sequence[int], splits: Sequence[str], description: dict, config: dict, seed: int,
+    device: str = "cpu",
+) -> tuple[Classifier, list[dict]]:  # fmt: skip
     """Trains on the split `train`, keeps the epoch that is best on `val`, calibrates the temperature on `calibration` alone.
 
     images: uint8, shape (N, 3, H, W). config: num_epochs, batch_size, learning_rate, weight_decay. description: see Classifier, with
-    `edges`. Returns the classifier and a row per epoch (epoch, train_loss, val_loss, learning_rate).
+    `edges`. Returns the classifier, on `device`, and a row per epoch (epoch, train_loss, val_loss, learning_rate).
     """
     scores, labels = torch.tensor(np.array(scores), dtype=torch.float32), torch.tensor(np.array(labels), dtype=torch.int64)
     where = {name: torch.from_numpy(np.flatnonzero(np.asarray(splits) == name)) for name in ("train", "val", "calibration")}
@@ -163,11 +168,11 @@ def fit(
         torch.manual_seed(seed)
         classifier = Classifier(description)
     targets = classifier.head.prepare(scores[where["train"]], description["edges"])
-    features = precompute(classifier, images)
-    residual_sd = classifier.network.prepare(features[where["train"]], targets)
+    features = precompute(classifier.to(device), images)
+    residual_sd = classifier.cpu().network.prepare(features[where["train"]], targets)
     if residual_sd is not None:
-        classifier.head.log_sd.data.fill_(math.log(residual_sd))
-    history = train_epochs(classifier, (features, scores, labels), where, config, seed)
+        classifier.head.log_scale.data.fill_(math.log(residual_sd * math.sqrt(3) / math.pi))
+    history = train_epochs(classifier.to(device), (features, scores, labels), where, config, seed)
     rows = where["calibration"]
     calibrate(classifier, outputs_of(classifier, features[rows]), labels[rows])
     return classifier.requires_grad_(False), history
@@ -178,12 +183,14 @@ def precompute(classifier: Classifier, images: Tensor, batch_size: int = 256) ->
     """The network's fixed features of uint8 images; a network that learns from the pixels gets the images themselves."""
     if isinstance(classifier.network, CnnNetwork):
         return images
-    return torch.cat([classifier.network.features(to_float(batch)) for batch in images.split(batch_size)])
+    device = classifier.temperature.device
+    return torch.cat([classifier.network.features(to_float(batch.to(device))).cpu() for batch in images.split(batch_size)])
 
 
 @torch.no_grad()
 def outputs_of(classifier: Classifier, features: Tensor, batch_size: int = 256) -> Tensor:
-    return torch.cat([classifier.network(batch) for batch in features.split(batch_size)])
+    device = classifier.temperature.device
+    return torch.cat([classifier.network(batch.to(device)) for batch in features.split(batch_size)])
 
 
 def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], where: dict, config: dict, seed: int) -> list[dict]:
@@ -200,7 +207,8 @@ def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], wh
     history, best, best_state = [], math.inf, copy.deepcopy(classifier.state())
 
     def loss_at(rows: Tensor) -> Tensor:
-        return head.loss(network(features[rows]), scores[rows], labels[rows])
+        batch = [values[rows].to(classifier.temperature.device) for values in (features, scores, labels)]
+        return head.loss(network(batch[0]), batch[1], batch[2])
 
     progress = tqdm(range(config["num_epochs"]), desc="classifier", mininterval=2, disable=None)
     for epoch in progress:
@@ -209,7 +217,7 @@ def train_epochs(classifier: Classifier, data: tuple[Tensor, Tensor, Tensor], wh
         for rows in where["train"][torch.randperm(len(where["train"]), generator=generator)].split(config["batch_size"]):
             loss = loss_at(rows)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} in epoch {epoch}; lower classifier.learning_rate")
+                raise UserError(f"the classifier's loss is {loss.item()} in epoch {epoch}: lower classifier.learning_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -238,7 +246,7 @@ def calibrate(classifier: Classifier, outputs: Tensor, labels: Tensor) -> float:
 
     def nll(log_temperature: float) -> float:
         log_probs = classifier.head.log_probs(outputs, torch.tensor(math.exp(log_temperature)), classifier.descending)
-        return metrics.nll(log_probs, labels)
+        return metrics.nll(log_probs.cpu(), labels)
 
     limit = math.log(20)
     found = scipy.optimize.minimize_scalar(nll, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-4})
@@ -252,9 +260,10 @@ def calibrate(classifier: Classifier, outputs: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def predict(classifier: Classifier, images: Tensor, batch_size: int = 256) -> dict[str, Tensor]:
     """Log-probabilities (N, K) of uint8 images, `before` and `after` calibration."""
-    outputs = torch.cat([classifier.outputs(to_float(batch)) for batch in images.split(batch_size)])
+    device = classifier.temperature.device
+    outputs = torch.cat([classifier.outputs(to_float(batch.to(device))) for batch in images.split(batch_size)])
     temperatures = {"before": torch.ones_like(classifier.temperature), "after": classifier.temperature}
-    return {k: classifier.head.log_probs(outputs, t, classifier.descending) for k, t in temperatures.items()}
+    return {k: classifier.head.log_probs(outputs, t, classifier.descending).cpu() for k, t in temperatures.items()}
 
 
 def evaluate(log_probs: dict[str, Tensor], labels: Tensor) -> dict:

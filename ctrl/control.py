@@ -27,14 +27,17 @@ class Control:
     """LoRA layers and a zero-initialised label embedding, installed in `base.unet`'s class-embedding slot.
 
     The embedding's last row, `null`, stands for "no label": it is the padding row, so it stays zero and gets no gradient.
+
+    Below the timestep `min_timestep` the pretrained model finishes the image alone. There sigma_t is so small that the optimum hardly
+    differs from it, and the weight of the KL so large that whatever else the adapter does there costs many nats; 0: nowhere.
     """
 
-    def __init__(self, base: Base, num_classes: int, rank: int, target_modules: Sequence[str], seed: int = 0):
+    def __init__(self, base: Base, num_classes: int, rank: int, target_modules: Sequence[str], seed: int = 0, min_timestep: int = 0):
         unet = base.unet
         if unet.class_embedding is not None:
             raise UserError("base: its UNet has a class embedding already; CTRL needs that slot for the new label")
         self.base, self.null = base, num_classes
-        self.settings = {"num_classes": num_classes, "rank": rank, "target_modules": list(target_modules)}
+        self.settings = {"num_classes": num_classes, "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
@@ -91,15 +94,21 @@ class Control:
         pre = self.base_denoiser(process, prompts, guidance_scale)
         if strength == 0:
             return pre
-        psi = self.base.guided(process, prompts, guidance_scale, labels.to(self.base.device), self.null)
-        if strength == 1:
-            return psi
+        psi, active = self.base.guided(process, prompts, guidance_scale, labels.to(self.base.device), self.null), self.active(process)
 
         def denoiser(x_t: Tensor, i: int) -> Tensor:
+            if not active[i]:
+                return pre(x_t, i)
+            if strength == 1:
+                return psi(x_t, i)
             eps_pre = pre(x_t, i)
             return eps_pre + strength * (psi(x_t, i) - eps_pre)
 
         return denoiser
+
+    def active(self, process: Process) -> list[bool]:
+        """At which steps the control acts."""
+        return [t >= self.settings["min_timestep"] for t in process.timesteps.tolist()]
 
     def save(self, folder: Path) -> None:
         """Writes the LoRA as diffusers reads it, and the label embedding beside it, into an existing folder."""
@@ -125,7 +134,9 @@ def load(base: Base, folder: str | Path) -> Control:
     """The trained control in `folder`, on `base`. Raises UserError as `check_adapter` does."""
     folder = Path(folder)
     described, lora, embedding = check_adapter(base, folder)
-    control = Control(base, described["num_classes"], described["rank"], described["target_modules"])
+    control = Control(
+        base, described["num_classes"], described["rank"], described["target_modules"], min_timestep=described["min_timestep"]
+    )
     state = {key.removeprefix("unet."): value for key, value in lora.items()}
     unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):

@@ -60,7 +60,9 @@ def reject(
                 break
             if block * batch_size >= max_draws:
                 y, left = next(iter(open_rows.items()))
-                raise UserError(f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y}; raise cells.min_probability")
+                raise UserError(
+                    f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y}; raise cells.min_probability"
+                )
             seeds = range(first_seed + number * max_draws + block * batch_size, first_seed + number * max_draws + (block + 1) * batch_size)
             draws = pd.DataFrame({"prompt": [prompts[s % len(prompts)] for s in seeds], "label": -1, "seed": seeds})
             images, draws = next(generate(base, process, draws, make_denoiser, batch_size))

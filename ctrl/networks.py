@@ -26,7 +26,8 @@ class DctNetwork(nn.Module):
     """Log-magnitudes of the 8x8 block DCT, as JPEG sees it; a linear path, and an MLP that corrects it a little.
 
     With one output (a mean) the linear path is the least-squares fit with non-negative weights, because every bit costs: whatever the
-    image, a smaller coefficient never looks larger. The correction is bounded by three residual standard deviations of that fit.
+    image, a smaller coefficient never looks larger. It is meant for scores that grow with what an image holds; others need `cnn` or
+    `clip`. The correction is bounded by three residual standard deviations of that fit. Colour is not looked at, only luminance.
     """
 
     WIDTH, NUM_FEATURES, SHARPNESS, BOUND = 32, 129, 0.1, 3.0

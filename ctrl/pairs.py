@@ -55,7 +55,12 @@ def table_of_cells(cells: Sequence[tuple[str, int]], templates: Sequence[str], p
     The rows with number k of each label share their seed, so that a picture can be compared across labels.
     """
     rows = [
-        (templates[(k // len(subjects)) % len(templates)].format(subjects[k % len(subjects)]), subjects[k % len(subjects)], y, first_seed + k)
+        (
+            templates[(k // len(subjects)) % len(templates)].format(subjects[k % len(subjects)]),
+            subjects[k % len(subjects)],
+            y,
+            first_seed + k,
+        )
         for y, subjects in subjects_of(cells).items()
         for k in range(per_label)
     ]

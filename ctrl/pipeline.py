@@ -1,9 +1,9 @@
 """A Stable Diffusion pipeline whose images also obey a label. This file is all that plain diffusers needs beside an adapter's weights:
 
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=ADAPTER_FOLDER, trust_remote_code=True)
-    pipe.load_control(ADAPTER_FOLDER)
-    pipe(["sneaker", "coat"], label=[3, 0], strength=1.0, seed=0).images
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=ADAPTER_FOLDER, trust_remote_code=True)
+pipe.load_control(ADAPTER_FOLDER)
+pipe(["sneaker", "coat"], label=[3, 0], strength=1.0, seed=0).images
 """
 
 import json
@@ -66,10 +66,11 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
                 unet.enable_adapters() if enabled else unet.disable_adapters()
                 return forward(sample, timestep, *args, class_labels=y, return_dict=False, **kwargs)[0]
 
-            if strength == 1:
+            active = int(timestep) >= self.control["min_timestep"] and strength != 0
+            if active and strength == 1:
                 return (eps_of(y, True),)
             eps_pre = eps_of(torch.full_like(y, null), False)
-            return (eps_pre if strength == 0 else eps_pre + strength * (eps_of(y, True) - eps_pre),)
+            return (eps_pre if not active else eps_pre + strength * (eps_of(y, True) - eps_pre),)
 
         unet.forward = with_labels
         try:

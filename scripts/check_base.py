@@ -43,7 +43,7 @@ def main() -> None:
         base, test, train, network.to(base.device), settings["prompts"], args.num_samples, args.num_steps, args.eta, args.guidance_scale
     )
     write_json(args.output / "quality.json", quality)
-    rows = [samples[(table["subject"] == s).to_numpy()][:12] for s in network.subjects]
+    rows = [samples[torch.tensor((table["subject"] == s).tolist())][:12] for s in network.subjects]
     title = f"{args.num_steps[0]} steps, guidance {args.guidance_scale:g}: the first samples"
     figures.prompts_grid(rows, network.subjects, title, args.output / "samples.png")
     write_text(args.output / "README.md", base_quality.model_card(quality, str(args.base), settings))

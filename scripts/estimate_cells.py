@@ -18,7 +18,9 @@ from scripts.common import add_config_argument, load_config
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_argument(parser)
-    parser.add_argument("--pool", type=Path, required=True, help="folder of images of the pretrained model (scripts/sample.py --per-subject)")
+    parser.add_argument(
+        "--pool", type=Path, required=True, help="folder of images of the pretrained model (scripts/sample.py --per-subject)"
+    )
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels' names")
     parser.add_argument("--output", type=Path, required=True, help="JSON to write: probability of each label for each subject, and cells")

@@ -14,8 +14,8 @@ from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.finetune import loop
-from ctrl.finetune.objective import effective_gamma, learning_rate_factor
-from ctrl.finetune.recipe import gradient_function, probe_function
+from ctrl.finetune.objective import effective_gamma
+from ctrl.finetune.recipe import Task, train
 from ctrl.io import read_json
 from ctrl.labels import Categorical
 from ctrl.tracking import run
@@ -47,27 +47,29 @@ def main() -> None:
     classifier, cells = classifiers.load(args.classifier).to(base.device), load_cells(args.cells)
     space = Categorical.from_report(read_json(args.dataset / "report.json"))
     space.check([y for _, y in cells])
-    control = controls.Control(base, space.num_classes, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"])
+    lora = settings["lora"]
+    control = controls.Control(base, space.num_classes, lora["rank"], lora["target_modules"], config["seed"], settings["min_timestep"])
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
-    print(f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}", flush=True)
+    print(
+        f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",
+        flush=True,
+    )
 
     log_prob, oracle = log_prob_of_latents(base, classifier), load_oracle(args.dataset)
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         return {"oracle_accuracy": float((torch.tensor(oracle(images)) == labels).double().mean())}
 
-    gradient = gradient_function(control, process, log_prob, cells, templates["train"], settings, sampler["guidance_scale"], config["seed"])
-    probe = probe_function(
-        control, process, score, cells, templates["train"], settings["probe"]["num_images"], sampler["guidance_scale"], config["seed"],
-        sampler["batch_size"],
-    )  # fmt: skip
-    groups = control.groups(settings["learning_rate"], settings["embedding_learning_rate"])
-    optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), weight_decay=settings["weight_decay"])
-
-    def rate(update: int) -> float:
-        return learning_rate_factor(update, settings["num_updates"], settings["warmup_updates"], settings["decay"])
-
-    identity = [settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], (args.classifier / "config.json").read_text()]
+    task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
+    identity = [
+        settings,
+        sampler,
+        templates["train"],
+        cells,
+        base.fingerprint(),
+        config["seed"],
+        (args.classifier / "config.json").read_text(),
+    ]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
@@ -75,10 +77,7 @@ def main() -> None:
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
-        history = loop.run(
-            control.parameters(), optimizer, gradient, probe, settings["num_updates"], args.output, settings["max_grad_norm"],
-            settings["checkpoint_every"], settings["probe"]["every"], digest, [track], rate,
-        )  # fmt: skip
+        history = train(task, log_prob, score, settings, args.output, digest, [track])
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

@@ -16,7 +16,16 @@ from ctrl.oracles import to_pil
 from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import adapter_denoiser, guidance_denoiser, load_base, load_cells, load_method, load_oracle, log_prob_of_latents, pretrained_denoiser
+from scripts.loading import (
+    adapter_denoiser,
+    guidance_denoiser,
+    load_base,
+    load_cells,
+    load_method,
+    load_oracle,
+    log_prob_of_latents,
+    pretrained_denoiser,
+)
 
 
 def parse() -> argparse.Namespace:

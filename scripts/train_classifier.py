@@ -36,6 +36,7 @@ def main() -> None:
     args, started = parse(), time.perf_counter()
     config = load_config(args)
     torch.set_num_threads(args.num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
     images = load_images(table["path"])
     settings = config["classifier"]
@@ -47,7 +48,9 @@ def main() -> None:
     name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
     with tracking.run(config, config["experiment"], name, {"network": settings["network"]}, uri) as run:
         scores = table[f"score_{report['oracle']}"]
-        classifier, history = classifiers.fit(images, scores, table["label"], table["split"], description, settings, config["seed"])
+        classifier, history = classifiers.fit(
+            images, scores, table["label"], table["split"], description, settings, config["seed"], device
+        )  # fmt: skip
         for row in history:
             run.log_metrics(row, row["epoch"])
         held_out = table[table["split"] == "val"]

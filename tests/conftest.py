@@ -41,4 +41,4 @@ def base(tiny_sd):
 def control(base):
     from ctrl.control import Control
 
-    return Control(base, 3, 4, ["to_q", "to_v", "conv1"], seed=0)
+    return Control(base, 3, 4, ["to_q", "to_v", "conv1"], seed=0, min_timestep=260)

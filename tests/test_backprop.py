@@ -99,6 +99,15 @@ def test_each_trajectory_has_its_own_cut(noise):
     assert torch.allclose(psi.weight.grad, together)
 
 
+def test_inactive_steps_are_those_of_the_pretrained_model(noise):
+    """The same gradient as a policy that is the pretrained one there, and no pass of psi."""
+    psi, calls = Toy(), []
+    backprop(PROCESS, lambda x, i: PRE(x, i) if i == 2 else psi(x, i), PRE, log_prob, noise, 2.0)
+    expected, psi.weight.grad = psi.weight.grad, None
+    backprop(PROCESS, lambda x, i: calls.append(i) or psi(x, i), PRE, log_prob, noise, 2.0, active=[True, True, False])
+    assert torch.allclose(psi.weight.grad, expected) and calls == [0, 1] and not psi.weight.grad[2].any()
+
+
 def test_at_the_start_there_is_no_divergence(noise):
     psi = Toy()
     psi.load_state_dict(PRE.state_dict())
@@ -113,8 +122,9 @@ def test_effective_gamma_of_the_published_recipe():
 
 
 def test_annealing_is_geometric():
-    assert [annealed(u, 4.0, 10) for u in (0, 5, 10, 99)] == pytest.approx([4.0, 2.0, 1.0, 1.0])
-    assert annealed(0, 4.0, 0) == 1.0
+    assert [annealed(u, 4.0, 0, 10) for u in (0, 5, 10, 99)] == pytest.approx([4.0, 2.0, 1.0, 1.0])
+    assert [annealed(u, 4.0, 6, 10) for u in (0, 6, 8, 10)] == pytest.approx([4.0, 4.0, 2.0, 1.0])
+    assert annealed(0, 4.0, 0, 0) == 1.0
 
 
 def test_within_cell_variance_ignores_the_cells_means():

@@ -28,7 +28,9 @@ def folder(tmp_path_factory):
     text_encoder = pretrain.build_text_encoder(len(tokenizer), tokenizer.eos_token_id, {"width": 32, "layers": 1, "heads": 2})
     vae = pretrain.build_vae({"channels": [16, 16, 16], "latent_channels": 4}, 32)
     unet = pretrain.build_unet({"channels": [16, 32], "layers_per_block": 1, "heads": 2}, 32, 4, 8)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
     pretrain.save_pipeline(folder, vae, text_encoder, tokenizer, unet, scheduler)
     return folder
 

@@ -90,6 +90,14 @@ def test_prompt_guidance_by_hand(control, process, noise):
     assert torch.allclose(guided, empty + 3 * (prompted - empty), atol=1e-5)
 
 
+def test_below_its_last_timestep_the_pretrained_model_finishes_alone(control, process, noise):
+    scramble(control)
+    assert control.active(process) == [True, True, True, False], "timesteps 999, 749, 499, 249"
+    with torch.no_grad():
+        eps, pre = (d(noise[0], 3) for d in (control.denoiser(process, PROMPTS, LABELS), control.base_denoiser(process, PROMPTS)))
+    assert torch.equal(eps, pre)
+
+
 def test_passes_are_counted(control, process, noise):
     scramble(control)
     passes = control.base.passes

@@ -191,3 +191,12 @@ def test_the_script(folders, tmp_path, monkeypatch, capsys):
         call(folders[0], tmp_path / "n.json")
     assert exit.value.code == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "n.json").exists()
+
+
+def test_cells_are_labels_where_the_images_are_too_few_for_subjects(tmp_path):
+    few = [write_samples(tmp_path / name, [0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2, 3, 3], seed) for name, seed in (("m", 0), ("r", 10))]
+    own, right = evaluation.number_cells(*load(few))
+    assert own.tolist() == right.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    many = [write_samples(tmp_path / name, REQUESTED, REQUESTED, seed) for name, seed in (("many", 0), ("many_r", 100))]
+    own, right = evaluation.number_cells(*load(many))
+    assert own.tolist() == right.tolist() and own.bincount().tolist() == [6] * 8

@@ -6,7 +6,7 @@ Truncated back-propagation follows only the last K steps of a trajectory. The lo
 with respect to the parameters, at a detached x_t.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ def backprop(
     kl_weight: float = 1.0,
     num_grad_steps: Tensor | None = None,
     share: float = 1.0,
+    active: Sequence[bool] | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
-    for every trajectory, None for all N. Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
+    for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run. Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
     first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps
@@ -36,6 +37,9 @@ def backprop(
     for i in range(num_steps):
         follow = (i > first).to(x.device).view(-1, *[1] * (x.ndim - 1))
         x = torch.where(follow, x, x.detach()) if follow.any() else x.detach()
+        if active is not None and not active[i]:
+            x = process.step(i, x, pre(x, i), noise[i + 1])
+            continue
         eps = psi(x, i)
         with torch.set_grad_enabled(x.requires_grad):
             eps_pre = pre(x, i)

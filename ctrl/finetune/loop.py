@@ -23,7 +23,9 @@ def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> Non
     """Raises FloatingPointError naming the update and the first tensor that holds a NaN or an infinity."""
     for name, tensor in named.items():
         if tensor is not None and not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"update {update}: {what} of {name} is not finite; lower the learning rates or gamma, or soften the classifier")
+            raise FloatingPointError(
+                f"update {update}: {what} of {name} is not finite; lower the learning rates or gamma, or soften the classifier"
+            )
 
 
 def save_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> None:
@@ -34,9 +36,7 @@ def save_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch
     save_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(
-    path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: str
-) -> tuple[int, list[dict]]:
+def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: str) -> tuple[int, list[dict]]:
     """Restores what `save_checkpoint` wrote; returns the number of updates done and the history: 0 and [] where there is nothing to resume.
 
     A checkpoint of a run with other `settings` is no part of this run, and is left alone until it is overwritten.
@@ -94,7 +94,9 @@ def run(
             row = {"update": update + 1, **figures, "grad_norm": norm.item(), "seconds": time.perf_counter() - started}
             if (update + 1) % probe_every == 0 or last:
                 row |= probe(update)
-            history.append({key: round(value, 6) if isinstance(value, float) and math.isfinite(value) else value for key, value in row.items()})
+            history.append(
+                {key: round(value, 6) if isinstance(value, float) and math.isfinite(value) else value for key, value in row.items()}
+            )
             for function in on_row:
                 function(history[-1])
             shown = ("loss", "log_prob", "kl_nats", "oracle_accuracy")

@@ -17,9 +17,11 @@ def summed_kl_weight(kl_weight: float, kl_reduction: str, num_dimensions: int) -
     return kl_weight / num_dimensions if kl_reduction == "mean" else kl_weight
 
 
-def annealed(update: int, start: float, num_updates: int) -> float:
-    """Factor on the classifier's temperature: geometric from `start` to 1 over `num_updates`, then 1."""
-    return 1.0 if update >= num_updates else math.exp(math.log(start) * (1 - update / num_updates))
+def annealed(update: int, start: float, hold: int, num_updates: int) -> float:
+    """Factor on the classifier's temperature: `start` for `hold` updates, then geometric down to 1 at `num_updates`, then 1."""
+    if update >= num_updates:
+        return 1.0
+    return math.exp(math.log(start) * (1 - max(update - hold, 0) / (num_updates - hold)))
 
 
 def learning_rate_factor(update: int, num_updates: int, warmup: int, decay: str) -> float:

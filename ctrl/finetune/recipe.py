@@ -1,13 +1,16 @@
-"""One update of CTRL, from an update's number to gradients: draws pairs and noise, anneals, runs the trainer, sums up the figures."""
+"""CTRL from beginning to end: an update draws pairs and noise by its number alone, anneals, runs the trainer, and sums up the figures."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ctrl.control import Control
+from ctrl.finetune import loop
 from ctrl.finetune.backprop import backprop
-from ctrl.finetune.objective import annealed, summed_kl_weight, within_cell_variance
+from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.pairs import draw
 from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
@@ -16,10 +19,40 @@ Cells = Sequence[tuple[str, int]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def gradient_function(
-    control: Control, process: Process, log_prob: LogProb, cells: Cells, templates: Sequence[str], config: dict, guidance_scale: float, seed: int
-) -> Callable[[int], dict[str, float]]:
-    """`gradient(update)`, for the loop: `log_prob(x_0, y, temperature)` gives nats with shape (B,), `config` is the finetune section."""
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what: the (subject, label) `cells` in prompt `templates`, with the prompt guidance that both policies have."""
+
+    control: Control
+    process: Process
+    cells: Cells
+    templates: Sequence[str]
+    guidance_scale: float
+    seed: int
+
+
+def train(
+    task: Task, log_prob: LogProb, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
+    on_row: Sequence[Callable[[dict], None]] = (),
+) -> list[dict]:  # fmt: skip
+    """Trains `task.control` in place by the finetune section `config`, and returns the history; resumes a checkpoint of the same `identity`.
+
+    `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures.
+    """
+    groups = task.control.groups(config["learning_rate"], config["embedding_learning_rate"])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
+    num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
+    probe = probe_function(task, score, config["probe"]["num_images"], config["micro_batch_size"])
+    return loop.run(
+        task.control.parameters(), optimizer, gradient_function(task, log_prob, config), probe, num_updates, folder, config["max_grad_norm"],
+        config["checkpoint_every"], config["probe"]["every"], identity, on_row,
+        lambda update: learning_rate_factor(update, num_updates, warmup, decay),
+    )  # fmt: skip
+
+
+def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
+    """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`."""
+    control, process, guidance_scale = task.control, task.process, task.guidance_scale
     size, micro = config["batch_size"], config["micro_batch_size"]
     shape = control.base.latent_shape
     kl_weight = summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(shape).numel())
@@ -28,14 +61,14 @@ def gradient_function(
     def gradient(update: int) -> dict[str, float]:
         passes = control.base.passes
         before = passes.forward, passes.backward
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + update)
-        prompts, subjects, labels = draw(cells, templates, size, generator)
+        generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
+        prompts, subjects, labels = draw(task.cells, task.templates, size, generator)
         seeds = torch.randint(2**62, (size,), generator=generator)
         cuts = None
         if config["truncation"]:
             low, high = config["truncation"]
             cuts = torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)
-        temperature = annealed(update, softening["start"], softening["updates"])
+        temperature = annealed(update, softening["start"], softening["hold"], softening["updates"])
         parts = []
         for part in torch.arange(size).split(micro):
             chosen, y = [prompts[k] for k in part], labels[part].to(control.base.device)
@@ -47,7 +80,7 @@ def gradient_function(
             parts.append(
                 backprop(
                     process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
-                    None if cuts is None else cuts[part], 1 / size,
+                    None if cuts is None else cuts[part], 1 / size, control.active(process),
                 )
             )  # fmt: skip
         terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
@@ -67,21 +100,20 @@ def recomputed(denoiser: Callable) -> Callable:
 
 
 def probe_function(
-    control: Control, process: Process, score: Callable[[Tensor, Tensor], dict[str, float]], cells: Cells, templates: Sequence[str],
-    num_images: int, guidance_scale: float, seed: int, batch_size: int,
-) -> Callable[[int], dict[str, float]]:  # fmt: skip
+    task: Task, score: Callable[[Tensor, Tensor], dict[str, float]], num_images: int, batch_size: int
+) -> Callable[[int], dict[str, float]]:
     """`probe(update)`, for the loop: `score(images, labels)` of the same prompts, labels and noise each time."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts, _, labels = draw(cells, templates, num_images, generator)
-    noise = noise_of(torch.randint(2**62, (num_images,), generator=generator).tolist(), control.base.latent_shape, process.num_steps)
+    base, generator = task.control.base, torch.Generator().manual_seed(task.seed)
+    prompts, _, labels = draw(task.cells, task.templates, num_images, generator)
+    noise = noise_of(torch.randint(2**62, (num_images,), generator=generator).tolist(), base.latent_shape, task.process.num_steps)
 
     def probe(update: int) -> dict[str, float]:
         images = []
         for part in torch.arange(num_images).split(batch_size):
-            psi = control.denoiser(process, [prompts[k] for k in part], labels[part], guidance_scale)
-            x_0 = sample(process, psi, noise[:, part].to(control.base.device))
+            psi = task.control.denoiser(task.process, [prompts[k] for k in part], labels[part], task.guidance_scale)
+            x_0 = sample(task.process, psi, noise[:, part].to(base.device))
             with torch.no_grad():
-                images.append(control.base.decode(x_0).clamp(-1, 1).cpu())
+                images.append(base.decode(x_0).clamp(-1, 1).cpu())
         return score(torch.cat(images), labels)
 
     return probe

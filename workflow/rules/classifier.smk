@@ -13,6 +13,7 @@ rule sample_pool:
         base=files_of(config["base"]["path"]),
     output:
         samples="results/{experiment}/pool/samples.parquet",
+        latents="results/{experiment}/pool/latents.safetensors",
     log:
         "results/{experiment}/logs/sample_pool.txt",
     benchmark:

@@ -51,7 +51,7 @@ rule generate_images:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.subjects", "prompts.templates.train"),
         per_subject=-(-config["dataset"]["num_generated"] // len(config["prompts"]["subjects"])),
-        seed_offset=REFERENCE_SEED_OFFSET // 2,
+        seed_offset=REFERENCE_SEED_OFFSET,
         output="results/{experiment}/generated",
     shell:
         """

@@ -2,7 +2,7 @@
 #
 # Needs  results/{experiment}/cells.json, the base model, and what the method takes: adapter, classifier and tuning, or the oracle's bins
 # Makes  results/{experiment}/samples/{method}      on test prompts, for the table
-#        results/{experiment}/samples_val/{method}  on validation prompts, to choose settings by
+#        results/{experiment}/samples_val/{method}  on validation prompts, to choose settings by; `rejection` is the reference there
 
 
 rule sample:
@@ -66,5 +66,5 @@ use rule sample as sample_val with:
         strength=lambda wildcards: row_of(wildcards.method)["strength"],
         per_label=config["evaluation"]["images_per_label"],
         needs=lambda wildcards: flags(sample_needs(wildcards)),
-        seed_offset=0,
+        seed_offset=lambda wildcards: REFERENCE_SEED_OFFSET if wildcards.method == "rejection" else 0,
         output="results/{experiment}/samples_val/{method}",
