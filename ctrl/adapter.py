@@ -44,8 +44,8 @@ images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
 `load_lora_weights` in any Stable Diffusion pipeline.
 
 ## Training
-{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s; at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats, accuracy by
-the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
+{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s; at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats,
+accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
 
 ## Limits
 Made for the base with the fingerprint {base_fingerprint}, and for the sampler in adapter.json: {sampler}.
@@ -58,7 +58,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 base, folder, dtype, prompts, labels, output = json.loads(sys.argv[1])
-pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=getattr(torch, dtype), custom_pipeline=folder, trust_remote_code=True, safety_checker=None)
+dtype = getattr(torch, dtype)
+pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, custom_pipeline=folder, trust_remote_code=True, safety_checker=None)
 pipe.set_progress_bar_config(disable=True)
 pipe.load_control(folder)
 assert "ctrl" not in sys.modules, "ctrl was imported"
@@ -67,7 +68,7 @@ np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=lab
 
 
 def write_adapter(control: Control, folder: Path, described: dict, prompt: str) -> None:
-    """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; `described` is from `ctrl.control.describe`."""
+    """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; for `described` see `control.describe`."""
     control.save(folder)
     last, settings = described["last"], described["finetune"]
     labels = "\n".join(f"| {y} | {name} |" for y, name in enumerate(described["label_names"]))

@@ -35,7 +35,7 @@ def straight_through(images: Tensor) -> Tensor:
 
 
 def interval_log_probs(mean: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
-    """Log-probabilities (B, K) that Logistic(mean, scale), both with shape (B,), falls between the K - 1 ascending `edges`, outer bins open.
+    """Log-probabilities (B, K) that Logistic(mean, scale), both with shape (B,), is between the K - 1 ascending `edges`, outer bins open.
 
     log(F(b) - F(a)) = log F(b) + log(1 - F(a) / F(b)) with F = sigmoid, reflected to the lower tail, in double precision: value and
     gradient stay right hundreds of scales away.
@@ -53,10 +53,10 @@ def interval_log_probs(mean: Tensor, scale: Tensor, edges: Tensor) -> Tensor:
 class DensityHead(nn.Module):
     """score ~ Logistic(mean(x), scale(x)), fitted in units of the training scores' standard deviation; labels by its distribution function.
 
-    The logistic law has the normal's shape and heavier tails: log p(y | x) falls linearly, not quadratically, with the distance from the bin,
-    so the slope that fine-tuning climbs is bounded and no single image far off drowns a batch.
+    The logistic law has the normal's shape and heavier tails: log p(y | x) falls linearly, not quadratically, with the distance from the
+    bin, so the slope that fine-tuning climbs is bounded and no single image far off drowns a batch.
 
-    The network's two outputs are the mean and s, with scale = exp(log_scale + tanh(s) log 2): at most a factor of two around the common one.
+    The network's two outputs are the mean and s, with scale = exp(log_scale + tanh(s) log 2): within a factor of two of the common one.
     """
 
     num_outputs = 2

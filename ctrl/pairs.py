@@ -75,7 +75,9 @@ def table_of_subjects(subjects: Sequence[str], templates: Sequence[str], per_sub
 
 
 def choose_setting(sweep: Sequence[dict], tolerance: float = 0.02) -> dict:
-    """The row that validation prompts choose, by one rule for every method: of the settings whose accuracy is within `tolerance` of the best
-    one's, the one nearest to the exact conditional law (`kid_rejection_within`)."""
+    """The row that validation prompts choose, by one rule for every method.
+
+    Of the settings whose accuracy is within `tolerance` of the best, the one nearest to the exact law (`kid_rejection_within`).
+    """
     best = max(row["accuracy"] for row in sweep)
     return min((row for row in sweep if row["accuracy"] >= best - tolerance), key=lambda row: row["kid_rejection_within"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from ctrl import errors, features
 from ctrl.evaluation import Samples, evaluate, load_samples, score_images, values_of
@@ -15,7 +16,6 @@ from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.loading import guidance_denoiser, load_base, load_cells, load_method
-from tqdm import tqdm
 
 
 def main() -> None:

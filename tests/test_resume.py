@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path):
     whole, resumed = (load_tensors(tmp_path / name / "checkpoints" / loop.CHECKPOINT) for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys() and len(whole) > 10
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    rows = [[json.loads(line) for line in open(tmp_path / name / "history.jsonl")] for name in ("whole", "killed")]
+    rows = [[json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()] for name in ("whole", "killed")]
     assert [r["update"] for r in rows[1]] == list(range(1, NUM_UPDATES + 1)), "every update once"
     for a, b in zip(*rows, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
@@ -76,7 +76,7 @@ def test_checkpoint_of_other_settings_is_not_resumed(tiny_sd, tmp_path):
 
 def toy_run(folder, gradient, **changes):
     weight = torch.nn.Parameter(torch.ones(2))
-    settings = dict(num_updates=4, max_grad_norm=1.0, checkpoint_every=2, probe_every=2, settings="s") | changes
+    settings = {"num_updates": 4, "max_grad_norm": 1.0, "checkpoint_every": 2, "probe_every": 2, "settings": "s"} | changes
     optimizer = torch.optim.SGD([weight], lr=0.5)
     history = loop.run({"weight": weight}, optimizer, lambda u: gradient(weight, u), lambda u: {}, folder=folder, **settings)
     return weight, history

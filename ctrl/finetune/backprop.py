@@ -29,7 +29,8 @@ def backprop(
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
-    for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run. Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
+    for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
+    Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
     first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps

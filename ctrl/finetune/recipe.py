@@ -35,16 +35,17 @@ def train(
     task: Task, log_prob: LogProb, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
     on_row: Sequence[Callable[[dict], None]] = (),
 ) -> list[dict]:  # fmt: skip
-    """Trains `task.control` in place by the finetune section `config`, and returns the history; resumes a checkpoint of the same `identity`.
+    """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
     `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures.
     """
     groups = task.control.groups(config["learning_rate"], config["embedding_learning_rate"])
     optimizer = torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
+    gradient = gradient_function(task, log_prob, config)
     probe = probe_function(task, score, config["probe"]["num_images"], config["micro_batch_size"])
     return loop.run(
-        task.control.parameters(), optimizer, gradient_function(task, log_prob, config), probe, num_updates, folder, config["max_grad_norm"],
+        task.control.parameters(), optimizer, gradient, probe, num_updates, folder, config["max_grad_norm"],
         config["checkpoint_every"], config["probe"]["every"], identity, on_row,
         lambda update: learning_rate_factor(update, num_updates, warmup, decay),
     )  # fmt: skip

@@ -13,7 +13,6 @@ rule sample_pool:
         base=files_of(config["base"]["path"]),
     output:
         samples="results/{experiment}/pool/samples.parquet",
-        latents="results/{experiment}/pool/latents.safetensors",
     log:
         "results/{experiment}/logs/sample_pool.txt",
     benchmark:
