@@ -26,7 +26,7 @@ tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, fashion-mnis
 
 Draws {image_size}x{image_size} pictures of {num_subjects} garments from a prompt: {subjects}.
 An ordinary diffusers folder: CLIP tokenizer and text encoder, `AutoencoderKL` to {latent_shape} latents, `UNet2DConditionModel` with text
-cross-attention, DDIM scheduler with Stable Diffusion's noise schedule; {num_parameters:.1f} M parameters in half precision.
+cross-attention, DDIM scheduler with Stable Diffusion's noise schedule; {num_parameters:.1f} M parameters.
 
 ```python
 from diffusers import StableDiffusionPipeline
