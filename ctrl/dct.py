@@ -23,7 +23,7 @@ LUMINANCE_Q50 = torch.tensor(
 
 def quantisation_table(quality: int) -> Tensor:
     """Luminance table of libjpeg (and so Pillow) at `quality` in 1..100, with shape (8, 8)."""
-    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality  # whole numbers, as libjpeg
     return ((LUMINANCE_Q50 * scale + 50) / 100).floor().clamp(1, 255)
 
 

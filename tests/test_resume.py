@@ -50,6 +50,7 @@ def finish(process):
     return [int(line) for line in out.split()]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path):
     assert finish(start(tiny_sd, tmp_path / "whole")) == list(range(1, NUM_UPDATES + 1))
     killed = start(tiny_sd, tmp_path / "killed")
@@ -68,6 +69,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
+@pytest.mark.slow
 def test_checkpoint_of_other_settings_is_not_resumed(tiny_sd, tmp_path):
     finish(start(tiny_sd, tmp_path))
     assert finish(start(tiny_sd, tmp_path, "a")) == [], "finished"
