@@ -49,6 +49,9 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if finetune["truncation"] and finetune["truncation"][1] > num_steps:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
+    softening = finetune["temperature"]
+    if softening["hold"] >= max(softening["updates"], 1):
+        raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must be below its updates, {softening['updates']}")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
 
