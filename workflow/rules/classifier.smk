@@ -17,7 +17,7 @@ rule sample_pool:
         "results/{experiment}/logs/sample_pool.txt",
     benchmark:
         "results/{experiment}/benchmarks/sample_pool.tsv"
-    threads: CORES
+    threads: cores(config["pool"]["images_per_subject"] * len(config["prompts"]["subjects"]))
     resources:
         mem_mb=8000,
         runtime=120,
@@ -90,7 +90,7 @@ rule estimate_cells:
         cells="results/{experiment}/cells.json",
     log:
         "results/{experiment}/logs/estimate_cells.txt",
-    threads: CORES
+    threads: cores(config["pool"]["images_per_subject"] * len(config["prompts"]["subjects"]))
     resources:
         mem_mb=4000,
         runtime=30,

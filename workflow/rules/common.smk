@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-# Jobs use the Python that runs Snakemake, whether or not its environment is activated.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+)  # jobs use this Python, activated or not
 
 from ctrl.config import check, resolve
 from ctrl.errors import UserError
@@ -30,9 +31,9 @@ def read_methods(path: str) -> dict[str, dict]:
 
 def write_config(path: Path) -> None:
     """Writes the configuration where it differs from what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
         (temporary := path.with_name(f".{path.name}.{os.getpid()}")).write_text(text)
         temporary.replace(path)
 
@@ -47,7 +48,7 @@ except UserError as error:
 EXPERIMENT = config["experiment"]
 RESULTS = f"results/{EXPERIMENT}"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
-CORES = workflow._cores or 2  # a heavy job takes all cores of a laptop, so that no two run at once, and this many on a cluster
+CORES = workflow._cores or 2  # on a cluster, this many
 write_config(Path(RESULTS) / "config.json")
 
 
@@ -97,6 +98,11 @@ def sections(*keys: str) -> str:
     """Parts of the configuration as text, by dotted keys: with it in its params, a rule runs again when they change, and only then."""
     parts = {key: reduce(dict.__getitem__, key.split("."), config) for key in keys}
     return json.dumps({**parts, "finetune": {**parts["finetune"], "gamma": None}} if "finetune" in parts else parts)  # see gamma_of
+
+
+def cores(num_images: int) -> int:
+    """All cores for a job of many images, so that no two run at once on a laptop; one for a trial, whose time is spent on imports."""
+    return CORES if num_images >= 200 else 1
 
 
 def methods(table: str) -> list[str]:

@@ -23,7 +23,7 @@ rule finetune:
         "results/{experiment}/logs/finetune_{adapter}.txt",
     benchmark:
         "results/{experiment}/benchmarks/finetune_{adapter}.tsv"
-    threads: CORES
+    threads: cores(config["finetune"]["num_updates"] * config["finetune"]["batch_size"])
     resources:
         mem_mb=16000,
         runtime=720,
@@ -65,7 +65,7 @@ rule tune:
         "results/{experiment}/logs/tune_{method}.txt",
     benchmark:
         "results/{experiment}/benchmarks/tune_{method}.tsv"
-    threads: CORES
+    threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][wildcards.method]["scale"]))
     resources:
         mem_mb=16000,
         runtime=360,

@@ -20,7 +20,7 @@ rule sample:
         "results/{experiment}/logs/sample_{method}.txt",
     benchmark:
         "results/{experiment}/benchmarks/sample_{method}.tsv"
-    threads: CORES
+    threads: cores(config["evaluation"]["images_per_label"] * config["label"]["num_classes"])
     resources:
         mem_mb=8000,
         runtime=240,
