@@ -12,9 +12,7 @@ from pathlib import Path
 
 ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-)  # jobs use this Python, activated or not
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
 from ctrl.config import check, resolve
 from ctrl.errors import UserError
@@ -23,8 +21,7 @@ from ctrl.errors import UserError
 def read_methods(path: str) -> dict[str, dict]:
     """The rows of methods.tsv by the name of the method."""
     schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
-    rows = list(csv.DictReader(Path(path).read_text().splitlines(), delimiter="\t"))
-    for row in rows:
+    for row in (rows := list(csv.DictReader(Path(path).read_text().splitlines(), delimiter="\t"))):
         check(row, schema, f"{path}, method {row.get('method')}")
     return {row["method"]: row for row in rows}
 
@@ -45,15 +42,14 @@ except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # Snakemake would wrap any exception in a traceback
 
-EXPERIMENT = config["experiment"]
-RESULTS = f"results/{EXPERIMENT}"
+RESULTS = f"results/{config['experiment']}"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 CORES = workflow._cores or 2  # on a cluster, this many
 write_config(Path(RESULTS) / "config.json")
 
 
 wildcard_constraints:
-    experiment=EXPERIMENT,
+    experiment=config["experiment"],
     method="[A-Za-z0-9_.]+",
     adapter="[A-Za-z0-9_.]+",
     table="results|paper",

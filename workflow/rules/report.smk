@@ -135,7 +135,7 @@ rule plot_sweep:
 rule sweep:
     """The sweep of gamma."""
     input:
-        f"results/{EXPERIMENT}/figures/gamma_sweep.png",
+        f"{RESULTS}/figures/gamma_sweep.png",
 
 
 rule paper:
@@ -143,4 +143,4 @@ rule paper:
     input:
         all_targets(),
         all_targets("paper"),
-        f"results/{EXPERIMENT}/figures/gamma_sweep.png",
+        f"{RESULTS}/figures/gamma_sweep.png",
