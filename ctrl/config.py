@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import operator
+import re
 
 import jsonschema
 
@@ -135,7 +136,9 @@ def _hint(error: jsonschema.ValidationError) -> str:
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) or not value else value
+    """The value as a user wrote it; a text that looks like a number or like nothing in quotes."""
+    plain = isinstance(value, str) and not re.fullmatch(r"|[-+.\de]+|true|false|null", value)
+    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -113,7 +113,8 @@ def test_a_second_run_has_nothing_to_do(repository):
 
 
 def test_a_change_reruns_what_depends_on_it_and_nothing_else(repository):
-    done = snakemake(repository, "-n", "all", *ARGUMENTS, "--config", "tuning={'num_images': 16}")
+    (repository / "config" / "changed.yaml").write_text("tuning: {num_images: 32}\n")
+    done = snakemake(repository, "-n", "all", *ARGUMENTS, "config/changed.yaml")
     assert done.returncode == 0, done.stdout
     assert "rule tune:" in done.stdout
     assert "rule finetune:" not in done.stdout
