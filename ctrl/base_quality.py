@@ -15,7 +15,12 @@ from ctrl.evaluation import score_images
 from ctrl.features import GarmentNet, compute
 from ctrl.generate import generate
 
-STAGES = {"vae": "autoencoder", "decoder": "decoder alone", "unet": "text encoder and UNet"}  # of config/pretrain.yaml
+STAGES = {
+    "vae": "autoencoder",
+    "decoder": "decoder alone",
+    "unet": "text encoder and UNet",
+    "guidance": "UNet alone",
+}  # of config/pretrain.yaml
 CARD = """---
 license: mit
 library_name: diffusers

@@ -3,6 +3,7 @@
 Latent diffusion as in Rombach et al., CVPR 2022 (arXiv 2112.10752); min-SNR loss weights of Hang et al., ICCV 2023 (arXiv 2303.09556).
 """
 
+import copy
 import json
 import math
 import time
@@ -229,31 +230,67 @@ def train_unet(
     (N, P, L) where row P-1 is the empty prompt.
     """
     generator = torch.Generator().manual_seed(seed)
-    both = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    average = torch.optim.swa_utils.AveragedModel(both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema_decay"]))
-    optimizer = torch.optim.AdamW(both.parameters(), lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.01)
-    abar = scheduler.alphas_cumprod
-    snr = abar / (1 - abar)
-    mean, std = latents
-    size, num_prompts = config["batch_size"], tokens.shape[1] - 1
 
     def loss_at(step: int) -> Tensor:
-        i = torch.randint(len(mean), (size,), generator=generator)
-        which = torch.randint(num_prompts, (size,), generator=generator)
-        which[torch.rand(size, generator=generator) < config["prompt_dropout"]] = num_prompts
-        prompts, inverse = tokens[i, which].unique(dim=0, return_inverse=True)
-        text = text_encoder(prompts)[0][inverse]
-        t = torch.randint(len(abar), (size,), generator=generator)
-        x0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        a = abar[t].view(-1, 1, 1, 1)
-        eps = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text).sample
-        weight = (config["min_snr_gamma"] / snr[t]).clamp(max=1)
+        x_t, t, noise, prompts, inverse, weight = denoising_batch(generator, latents, tokens, scheduler, config)
+        eps = unet(x_t, t, text_encoder(prompts)[0][inverse]).sample
         return (weight * (eps - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    checkpoint = Checkpoint(folder / "unet.safetensors", {"both": both, "average": average}, optimizer, generator)
-    run_loop(loss_at, checkpoint, config, lambda: average.update_parameters(both), log, "unet")
-    both.load_state_dict(average.module.state_dict())
+    run_averaged(nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_at, generator, config, folder, "unet", log)
+
+
+def distill_guidance(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: tuple[Tensor, Tensor], tokens: Tensor, scheduler: DDIMScheduler,
+    config: dict, folder: Path, seed: int, log=None,
+) -> None:  # fmt: skip
+    """Trains `unet` in place to predict in one pass what it predicts now under prompt guidance at `guidance_scale`, which takes two.
+
+    Guidance distillation at one scale (Meng et al., CVPR 2023, arXiv 2210.03142). The empty prompt keeps its meaning. Shapes as in
+    `train_unet`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    teacher = copy.deepcopy(unet).requires_grad_(False)
+    with torch.no_grad():
+        empty = text_encoder(tokens[:1, -1])[0]
+
+    def loss_at(step: int) -> Tensor:
+        x_t, t, _, prompts, inverse, weight = denoising_batch(generator, latents, tokens, scheduler, config)
+        with torch.no_grad():
+            text = text_encoder(prompts)[0][inverse]
+            both = torch.cat([empty.expand_as(text), text])
+            unprompted, prompted = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both).sample.chunk(2)
+            target = unprompted + config["guidance_scale"] * (prompted - unprompted)
+        return (weight * (unet(x_t, t, text).sample - target).square().mean(dim=(1, 2, 3))).mean()
+
+    run_averaged(nn.ModuleDict({"unet": unet}), loss_at, generator, config, folder, "guidance", log)
+
+
+def denoising_batch(
+    generator: torch.Generator, latents: tuple[Tensor, Tensor], tokens: Tensor, scheduler: DDIMScheduler, config: dict
+) -> tuple[Tensor, ...]:
+    """x_t (B, C, h, w), t (B,), the noise, the distinct prompts' token ids, each image's row in them, and the loss weights (B,)."""
+    (mean, std), abar, size, empty = latents, scheduler.alphas_cumprod, config["batch_size"], tokens.shape[1] - 1
+    i = torch.randint(len(mean), (size,), generator=generator)
+    which = torch.randint(empty, (size,), generator=generator)
+    which[torch.rand(size, generator=generator) < config["prompt_dropout"]] = empty
+    prompts, inverse = tokens[i, which].unique(dim=0, return_inverse=True)
+    t = torch.randint(len(abar), (size,), generator=generator)
+    x_0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    weight = (config["min_snr_gamma"] * (1 - abar[t]) / abar[t]).clamp(max=1)
+    a = abar[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, noise, prompts, inverse, weight
+
+
+def run_averaged(
+    modules: nn.ModuleDict, loss_at: Callable[[int], Tensor], generator: torch.Generator, config: dict, folder: Path, stage: str, log=None
+) -> None:
+    """Trains `modules` in place and leaves their exponential moving average in them."""
+    average = torch.optim.swa_utils.AveragedModel(modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config["ema_decay"]))
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.01)
+    checkpoint = Checkpoint(folder / f"{stage}.safetensors", {"both": modules, "average": average}, optimizer, generator)
+    run_loop(loss_at, checkpoint, config, lambda: average.update_parameters(modules), log, stage)
+    modules.load_state_dict(average.module.state_dict())
 
 
 def save_pipeline(folder: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:

@@ -49,9 +49,9 @@ def main() -> None:
     scale = vae.config.scaling_factor
     latents = tuple(scale * x for x in pretrain.encode_images(vae, images))
     tokens = [tokenizer(row, padding="max_length", truncation=True, return_tensors="pt").input_ids for row in prompts]
-    pretrain.train_unet(
-        unet, text_encoder, latents, torch.stack(tokens)[labels], scheduler, config["unet"], args.checkpoints, config["seed"], log
-    )
+    data = (latents, torch.stack(tokens)[labels], scheduler)
+    pretrain.train_unet(unet, text_encoder, *data, config["unet"], args.checkpoints, config["seed"], log)
+    pretrain.distill_guidance(unet, text_encoder, *data, config["guidance"], args.checkpoints, config["seed"], log)
     pretrain.save_pipeline(args.output, vae, text_encoder, tokenizer, unet, scheduler)
     (args.output / "history.jsonl").write_text(history.read_text())
 
