@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ctrl.finetune.backprop import backprop
+from ctrl.finetune.backprop import backprop, clip_adjoint
 from ctrl.finetune.objective import annealed, effective_gamma, learning_rate_factor, within_cell_variance
 from ctrl.process import Process
 
@@ -106,6 +106,25 @@ def test_inactive_steps_are_those_of_the_pretrained_model(noise):
     expected, psi.weight.grad = psi.weight.grad, None
     backprop(PROCESS, lambda x, i: calls.append(i) or psi(x, i), PRE, log_prob, noise, 2.0, active=[True, True, False])
     assert torch.allclose(psi.weight.grad, expected) and calls == [0, 1] and not psi.weight.grad[2].any()
+
+
+def test_adjoints_are_bounded_for_each_trajectory_alone(noise):
+    """A bound that nothing reaches changes nothing; below it, the largest adjoint of x_0 is the bound, and the others stay as they are."""
+    loose, free, x_0 = Toy(), Toy(), []
+    backprop(PROCESS, loose, PRE, log_prob, noise, 2.0, share=1 / 5, max_adjoint_norm=1e6)
+    backprop(PROCESS, free, PRE, lambda x: x_0.append(x) or x.retain_grad() or log_prob(x), noise, 2.0, share=1 / 5)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(loose.parameters(), free.parameters(), strict=True))
+    norms = 5 * x_0[0].grad.flatten(1).norm(dim=1)
+    bound = norms.sort().values[-2:].mean().item()
+    x = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
+    found = torch.autograd.grad((clip_adjoint(1 * x, 1 / 5, bound) * norms.view(-1, 1) / 3**0.5 / 5).sum(), x)[0].norm(dim=1) * 5
+    assert found.tolist() == pytest.approx(norms.clamp(max=bound).tolist())
+    tight = Toy()
+    backprop(PROCESS, tight, PRE, log_prob, noise, 2.0, share=1 / 5, max_adjoint_norm=1e-9)
+    local = Toy()
+    backprop(PROCESS, local, PRE, lambda x: 0 * log_prob(x), noise, 2.0, share=1 / 5, num_grad_steps=torch.ones(5, dtype=torch.long))
+    for a, b in zip(tight.parameters(), local.parameters(), strict=True):  # only the local KL terms are left
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_at_the_start_there_is_no_divergence(noise):

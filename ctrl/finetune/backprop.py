@@ -25,11 +25,13 @@ def backprop(
     num_grad_steps: Tensor | None = None,
     share: float = 1.0,
     active: Sequence[bool] | None = None,
+    max_adjoint_norm: float | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
     for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
+    `max_adjoint_norm` bounds the norm of every trajectory's adjoint g_t = ∂loss/∂x_t, at every step: see `clip_adjoint`.
     Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
@@ -39,7 +41,7 @@ def backprop(
         follow = (i > first).to(x.device).view(-1, *[1] * (x.ndim - 1))
         x = torch.where(follow, x, x.detach()) if follow.any() else x.detach()
         if active is not None and not active[i]:
-            x = process.step(i, x, pre(x, i), noise[i + 1])
+            x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
         eps = psi(x, i)
         with torch.set_grad_enabled(x.requires_grad):
@@ -52,7 +54,23 @@ def backprop(
             eps = eps.detach()
         else:
             loss = loss + kl_weight * kl_i.sum()
-        x = process.step(i, x, eps, noise[i + 1])
+        x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
     log_p = log_prob(x)
     (share * (loss - gamma * log_p.sum())).backward()
     return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x.detach()}
+
+
+def clip_adjoint(x: Tensor, share: float, max_norm: float | None) -> Tensor:
+    """`x` with shape (B, *), whose gradient is scaled down, each trajectory's by itself, to a norm of `share * max_norm` on its way back.
+
+    A sharp classifier gives most trajectories no gradient and a few that missed their label one hundreds of times the median. Without a
+    bound those few are the whole batch, and two batches hardly agree on a direction.
+    """
+    if max_norm is not None and x.requires_grad:
+
+        def clip(g: Tensor) -> Tensor:
+            norm = g.flatten(1).norm(dim=1).clamp(min=1e-30)
+            return g * (share * max_norm / norm).clamp(max=1).view(-1, *[1] * (g.ndim - 1))
+
+        x.register_hook(clip)
+    return x

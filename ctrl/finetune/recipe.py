@@ -81,7 +81,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
             parts.append(
                 backprop(
                     process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
-                    None if cuts is None else cuts[part], 1 / size, control.active(process),
+                    None if cuts is None else cuts[part], 1 / size, control.active(process), config["max_adjoint_norm"],
                 )
             )  # fmt: skip
         terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
