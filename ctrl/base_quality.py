@@ -21,6 +21,10 @@ STAGES = {
     "unet": "text encoder and UNet",
     "guidance": "UNet alone",
 }  # of config/pretrain.yaml
+DISTILLED = (
+    "Last, the UNet learned to predict in one pass what prompt guidance at {scale:g} predicts in two (guidance distillation, Meng et "
+    "al., CVPR 2023, arXiv 2210.03142): it wants no guidance on top. "
+)
 CARD = """---
 license: mit
 library_name: diffusers
@@ -58,7 +62,7 @@ Measured by `scripts/check_base.py`; all figures are in quality.json.
 By `scripts/pretrain.py` with `config/pretrain.yaml` (seed {seed}) on the {num_train:,} training images of
 [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (MIT licence), padded with black to {image_size} pixels. The prompt is a
 garment's name in one of {num_templates} templates, dropped for {prompt_dropout:.0%} of the images. Updates of {batch} images:
-{updates}. The losses are in history.jsonl. The test images took no part.
+{updates}. {distilled}The losses are in history.jsonl. The test images took no part.
 
 ## Limits
 It knows the words of its templates and nothing else. Pictures are grey, on black.
@@ -206,6 +210,7 @@ def model_card(quality: dict, path: str, settings: dict) -> str:
         real_agreement=drawn[0]["real_agreement"], num_test=quality["num_test"], num_train=quality["num_train"], seed=settings["seed"],
         num_templates=len(settings["prompts"]), prompt_dropout=settings["unet"]["prompt_dropout"],
         batch=settings["unet"]["batch_size"],
+        distilled=DISTILLED.format(scale=settings["guidance"]["guidance_scale"]) if "guidance" in settings else "",
         updates=", ".join(f"{settings[stage]['num_steps']:,} for the {name}" for stage, name in STAGES.items() if stage in settings),
     )  # fmt: skip
 
