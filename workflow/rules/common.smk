@@ -86,8 +86,9 @@ TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists
 
 
 def files_of(folder: str) -> list[str]:
-    """The files of a local model; nothing for a name on a hub."""
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+    """The files of a local model, without the figures of its model card; nothing for a name on a hub."""
+    found = (path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+    return sorted(str(path) for path in found if path.name != "quality.json")
 
 
 def sections(*keys: str) -> str:
