@@ -4,6 +4,7 @@ Self-normalised importance sampling: accuracy of the oracle, and the KL divergen
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ def weighted(log_p: torch.Tensor, hits: torch.Tensor, gamma: float) -> tuple[flo
     """Accuracy, KL in nats and effective sample size of the law that weights images by exp(gamma · log_p); both arguments (N,)."""
     log_w = gamma * log_p.double()
     p = log_w.softmax(0)
-    kl = (p * p.clamp(min=1e-300).log()).sum() + torch.tensor(float(len(p))).log()
+    kl = (p * p.clamp(min=1e-300).log()).sum() + math.log(len(p))
     return (p * hits).sum().item(), kl.item(), (1 / p.square().sum()).item()
 
 

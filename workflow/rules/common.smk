@@ -87,8 +87,7 @@ TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists
 
 def files_of(folder: str) -> list[str]:
     """The files of a local model, without the figures of its model card; nothing for a name on a hub."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
-    return sorted(str(path) for path in found if path.name != "quality.json")
+    return sorted(str(p) for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.name != "quality.json")
 
 
 def sections(*keys: str) -> str:
