@@ -64,7 +64,8 @@ def clip_adjoint(x: Tensor, share: float, max_norm: float | None) -> Tensor:
     """`x` with shape (B, *), whose gradient is scaled down, each trajectory's by itself, to a norm of `share * max_norm` on its way back.
 
     A sharp classifier gives most trajectories no gradient and a few that missed their label one hundreds of times the median. Without a
-    bound those few are the whole batch, and two batches hardly agree on a direction.
+    bound those few are the whole batch, and two batches hardly agree on a direction. The bound is a bias: where it bites, the label counts
+    for less than gamma says.
     """
     if max_norm is not None and x.requires_grad:
 
