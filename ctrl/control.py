@@ -49,6 +49,7 @@ class Control:
         unet.class_embedding = nn.Embedding(num_classes + 1, width, padding_idx=num_classes, device=base.device)
         nn.init.zeros_(unet.class_embedding.weight)
         self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+        self._merged: list[tuple[nn.Module, dict[bool, Tensor]]] = []
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -65,13 +66,29 @@ class Control:
     @contextmanager
     def pretrained(self) -> Iterator[None]:
         """Inside, LoRA is off. (PEFT's own switch would also freeze the weights; this one leaves `requires_grad` alone.)"""
-        for layer in self._layers:
-            layer._disable_adapters = True
+        self._switch(False)
         try:
             yield
         finally:
-            for layer in self._layers:
-                layer._disable_adapters = False
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = not on or bool(self._merged)
+        for module, weights in self._merged:
+            module.weight.data = weights[on]
+
+    @torch.no_grad()
+    def merge(self) -> "Control":
+        """For sampling alone: LoRA added to the weights once, so that a pass costs what the pretrained model's costs; returns itself.
+
+        The pretrained weights are kept beside the merged ones, and take turns with them: inside `pretrained()` the model is still the
+        pretrained one, bit for bit. Afterwards no gradient reaches LoRA, and training goes nowhere.
+        """
+        layers = [(m.get_base_layer(), m.get_delta_weight("ctrl")) for m in self._layers]
+        self._merged = [(m, {False: m.weight.data, True: m.weight.data + delta.to(m.weight)}) for m, delta in layers]
+        self._switch(True)
+        return self
 
     def base_denoiser(self, process: Process, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
         """The pretrained model with its prompt guidance: LoRA off, null label."""

@@ -82,7 +82,7 @@ def main() -> None:
 
     if method["family"] == "finetune":
         strength = float(method["strength"]) if args.strength is None else args.strength
-        control = controls.load(base, args.adapter)
+        control = controls.load(base, args.adapter).merge()
         make_denoiser = adapter_denoiser(control, process, config, strength)
     elif method["family"] == "guidance":
         make_denoiser = guidance_denoiser(base, process, config, args.classifier, read_json(args.tuning)["best"]["scale"])

@@ -51,6 +51,19 @@ def test_the_base_is_still_there_after_training(base, process, noise):
     assert not torch.allclose(sample(process, control.denoiser(process, PROMPTS, LABELS, 2.0), noise), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_merged_it_draws_the_same_and_the_base_is_still_there(base, process, noise, strength):
+    before = sample(process, base.denoiser(process, PROMPTS), noise)
+    control = Control(base, 3, 4, ["to_q", "to_v", "conv1", "ff.net.2"], min_timestep=300)
+    scramble(control)
+    unmerged = sample(process, control.denoiser(process, PROMPTS, LABELS, strength=strength), noise)
+    assert control.merge() is control
+    merged = sample(process, control.denoiser(process, PROMPTS, LABELS, strength=strength), noise)
+    assert torch.allclose(merged, unmerged, atol=1e-4) and not torch.allclose(merged, before, atol=1e-2)
+    assert torch.equal(sample(process, control.base_denoiser(process, PROMPTS), noise), before)
+    assert torch.equal(sample(process, control.denoiser(process, PROMPTS, LABELS, strength=strength), noise), merged)
+
+
 def test_null_row_gets_no_gradient_and_all_else_does(control, process, noise):
     scramble(control)
     labels = torch.tensor([0, control.null, 1])

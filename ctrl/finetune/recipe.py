@@ -57,7 +57,10 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     size, micro = config["batch_size"], config["micro_batch_size"]
     shape = control.base.latent_shape
     kl_weight = summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(shape).numel())
-    softening = config["temperature"]
+    # A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.
+    softening, gamma = config["temperature"], config["gamma"]
+    start = max(1.0, softening["start"] * gamma)
+    max_adjoint_norm = None if config["max_adjoint_norm"] is None else config["max_adjoint_norm"] * gamma
 
     def gradient(update: int) -> dict[str, float]:
         passes = control.base.passes
@@ -69,7 +72,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         if config["truncation"]:
             low, high = config["truncation"]
             cuts = torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)
-        temperature = annealed(update, softening["start"], softening["hold"], softening["updates"])
+        temperature = annealed(update, start, softening["hold"], softening["updates"])
         parts = []
         for part in torch.arange(size).split(micro):
             chosen, y = [prompts[k] for k in part], labels[part].to(control.base.device)
@@ -80,14 +83,14 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
             noise = noise_of(seeds[part].tolist(), shape, process.num_steps, control.base.device)
             parts.append(
                 backprop(
-                    process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
-                    None if cuts is None else cuts[part], 1 / size, control.active(process), config["max_adjoint_norm"],
+                    process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight,
+                    None if cuts is None else cuts[part], 1 / size, control.active(process), max_adjoint_norm,
                 )
             )  # fmt: skip
         terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
-        log_w = config["gamma"] * terms["log_prob"] - terms["log_ratio"]
-        loss = kl_weight * mean["kl_nats"] - config["gamma"] * mean["log_prob"]
+        log_w = gamma * terms["log_prob"] - terms["log_ratio"]
+        loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
         variance = within_cell_variance(log_w, list(zip(subjects, labels.tolist(), strict=True)))
         counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
         return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance, **counts}
