@@ -50,6 +50,8 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if finetune["truncation"] and finetune["truncation"][1] > num_steps:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
+    if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
+        raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
     softening = finetune["temperature"]
     if softening["hold"] >= max(softening["updates"], 1):
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must be below its updates, {softening['updates']}")

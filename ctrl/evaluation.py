@@ -14,7 +14,7 @@ from ctrl import features, metrics
 from ctrl.data import load_images
 from ctrl.errors import UserError
 from ctrl.io import read_json, read_parquet
-from ctrl.oracles import get_oracle, score_to_label
+from ctrl.oracles import distance_to_bin, get_oracle, score_to_label
 
 COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
 COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
@@ -96,7 +96,8 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
 
     network: from ctrl.features; report: the dataset's report.json (edges, descending, num_classes); config: the keys num_bootstrap and
     num_neighbours. Returns {"n", "metrics": {name: {"value", "n", "lo", "hi"}}, "confusion": counts [requested][measured],
-    "per_subject": {subject: {"accuracy", "n"}}}; lo and hi bound the 95 % bootstrap interval over seeds, or are None.
+    "per_subject": {subject: {"accuracy", "n"}}, "misses": {"n", "median", "largest"}: how far outside their bins, in the oracle's unit}.
+    lo and hi bound the 95 % bootstrap interval over seeds, or are None.
     """
     cells = number_cells(samples, reference)
     num_bootstrap, n = config["num_bootstrap"], len(samples.table)
@@ -116,6 +117,7 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
     figures |= costs(samples.table, samples.info, num_bootstrap, seed)
     subjects = samples.table["subject"].to_numpy()
     hits = (requested == measured).numpy()
+    outside = distance_to_bin(samples.table["score"].to_numpy(), requested.numpy(), report["edges"], report["descending"])[~hits]
     return {
         "n": n,
         "metrics": figures,
@@ -123,6 +125,7 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
         "per_subject": {
             s: {"accuracy": float(hits[subjects == s].mean()), "n": int((subjects == s).sum())} for s in dict.fromkeys(subjects)
         },
+        "misses": {"n": len(outside), **({"median": float(np.median(outside)), "largest": float(outside.max())} if len(outside) else {})},
     }
 
 

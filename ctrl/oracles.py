@@ -58,6 +58,13 @@ def score_to_label(score: np.ndarray, edges: Sequence[float], descending: bool =
     return len(edges) - label if descending else label
 
 
+def distance_to_bin(score: np.ndarray, label: np.ndarray, edges: Sequence[float], descending: bool = False) -> np.ndarray:
+    """How far scores with shape (N,) lie outside the bins of `label`, shape (N,), in the oracle's unit; 0 inside."""
+    bins = len(edges) - np.asarray(label) if descending else np.asarray(label)
+    bounds = np.concatenate([[-np.inf], check_edges(edges), [np.inf]])
+    return np.maximum(0, np.maximum(bounds[bins] - score, score - bounds[bins + 1]))
+
+
 def label_names(edges: Sequence[float], descending: bool = False, unit: str = "") -> list[str]:
     """What each label means, in the order of the labels: `>= 1.2 kB`, `1.1-1.2 kB`, ..., `< 0.9 kB`."""
     e = [f"{x:.4g}" for x in check_edges(edges)]

@@ -42,6 +42,8 @@ def main() -> None:
         log.log_artifact(args.output)
     shown = evaluation.values_of(result, ["accuracy", "macro_f1", "kid_rejection", "diversity", network.score_name])
     print(f"{args.method} (n = {result['n']}): " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if (misses := result["misses"])["n"]:
+        print(f"{misses['n']} misses: half within {misses['median']:.3g} {report['unit']} of their bin, all within {misses['largest']:.3g}")
 
 
 if __name__ == "__main__":

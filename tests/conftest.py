@@ -1,5 +1,9 @@
-"""A Stable Diffusion small enough to be built for every test session, with random weights."""
+"""What many tests need: a Stable Diffusion with random weights, small enough to be built for every test session; real images, labelled."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -42,3 +46,38 @@ def control(base):
     from ctrl.control import Control
 
     return Control(base, 3, 4, ["to_q", "to_v", "conv1"], seed=0, min_timestep=260)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """2,400 embedded images (uint8), their JPEG sizes in kB, splits (2/3 train, 1/6 each), and the quartiles of the training split."""
+    from ctrl import data, oracles
+
+    images = data.read_idx(Path(__file__).resolve().parent.parent / "resources" / "fashion-mnist", "t10k")[0][:2400].contiguous()
+    scores = np.array([oracles.jpeg_size_kb(image) for image in oracles.to_pil(images / 127.5 - 1)])
+    splits = np.array(["train", "train", "val", "train", "train", "calibration"] * 400)
+    return images, scores, splits, data.bin_edges(scores[splits == "train"], "quantiles", 4)
+
+
+@pytest.fixture(scope="session")
+def trained(real):
+    """A classifier of the sizes' quartiles, its history, and the labels."""
+    from ctrl import classifier, oracles
+
+    images, scores, splits, edges = real
+    labels = oracles.score_to_label(scores, edges, True)
+    description = {"network": "dct", "head": "density", "num_classes": 4, "descending": True, "edges": edges}
+    settings = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
+    return *classifier.fit(images, scores, labels, splits, description, settings, seed=0), labels
+
+
+@pytest.fixture
+def tiny_clip(tmp_path) -> str:
+    """A CLIP of 32 pixels and one layer, known to open_clip by this name."""
+    import open_clip
+
+    tower = {"layers": 1, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    return "tiny-clip"

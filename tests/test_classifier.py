@@ -1,22 +1,17 @@
 """p(y | x): the head's mathematics, gradients down to the pixels, training on real images, calibration, and files on disk."""
 
 import io as memory
-import json
 import math
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import logistic
 from torch.autograd import gradcheck
 
 from ctrl import classifier as classifiers
-from ctrl import data, errors, io, metrics, networks, oracles, tracking
+from ctrl import data, io, metrics, oracles
 from ctrl.classifier import Classifier, interval_log_probs, straight_through
 from ctrl.errors import UserError
 
@@ -27,23 +22,6 @@ EDGES = torch.tensor([-1.0, 0.0, 2.0])
 
 def describe(network: str = "dct", head: str = "density", **more) -> dict:
     return {"network": network, "head": head, "num_classes": 4, "descending": True, "edges": [0.9, 1.0, 1.1]} | more
-
-
-@pytest.fixture(scope="module")
-def real():
-    """2,400 embedded images (uint8), their JPEG sizes in kB, splits (2/3 train, 1/6 each), and the quartiles of the training split."""
-    images = data.read_idx(ROOT / "resources" / "fashion-mnist", "t10k")[0][:2400].contiguous()
-    scores = np.array([oracles.jpeg_size_kb(image) for image in oracles.to_pil(images / 127.5 - 1)])
-    splits = np.array(["train", "train", "val", "train", "train", "calibration"] * 400)
-    return images, scores, splits, data.bin_edges(scores[splits == "train"], "quantiles", 4)
-
-
-@pytest.fixture(scope="module")
-def trained(real):
-    images, scores, splits, edges = real
-    labels = oracles.score_to_label(scores, edges, True)
-    classifier, history = classifiers.fit(images, scores, labels, splits, describe(edges=edges), SETTINGS, seed=0)
-    return classifier, history, labels
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixels
@@ -140,24 +118,7 @@ def test_temperature_softens(head):
     assert head == "density" or entropies == sorted(entropies)
 
 
-# --------------------------------------------------------------------------------------------------------------- networks
-
-
-def test_dct_features_of_flat_images_by_hand():
-    """16 blocks of grey level 200: DC = 8 * 72 / 2 quantisation units, everything else zero; the first DC step is from 0."""
-    network = networks.DctNetwork(2, positive=True)
-    features = network.features(torch.full((1, 3, 32, 32), 200 / 127.5 - 1))[0]
-    assert features[0].item() == pytest.approx(16 * math.log2(1 + 288), abs=1e-3)
-    assert features[64].item() == pytest.approx(16, abs=1e-3) and features[65:128].max() < 16 * 0.0068
-    assert features[1:64].abs().max() < 0.01 and features[128].item() == pytest.approx(math.log2(1 + 288), abs=1e-3)
-
-
-def test_linear_path_never_rewards_smaller_coefficients(trained):
-    network = trained[0].network
-    assert (network.linear.weight * network.scale >= 0).all() and 0 < network.bound < 0.3
-    far = 100 * torch.randn(50, network.NUM_FEATURES)
-    linear = network.linear((far - network.shift) * network.scale)[:, 0]
-    assert ((network(far)[:, 0] - linear).abs() <= network.bound * 1.001).all()
+# -------------------------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("head", ["density", "softmax"])
@@ -185,18 +146,6 @@ def test_gradient_by_finite_differences(network, head):
         assert (gradient * v).sum().item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
 
 
-@pytest.fixture
-def tiny_clip(tmp_path) -> str:
-    """A CLIP of 32 pixels and one layer, known to open_clip by this name."""
-    import open_clip
-
-    tower = {"layers": 1, "width": 32, "patch_size": 16, "image_size": 32, "head_width": 16}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    (tmp_path / "tiny-clip.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}))
-    open_clip.add_model_config(tmp_path / "tiny-clip.json")
-    return "tiny-clip"
-
-
 @pytest.mark.parametrize("head", ["density", "softmax"])
 def test_clip(tmp_path, head, tiny_clip):
     description = describe("clip", head, clip={"model": tiny_clip, "pretrained": None})
@@ -221,20 +170,6 @@ def test_clip(tmp_path, head, tiny_clip):
     classifiers.save(tmp_path / "out", classifier)
     assert not any("clip" in k for k in io.load_tensors(tmp_path / "out" / "model.safetensors"))
     assert torch.equal(classifiers.load(tmp_path / "out").log_probs(x), classifier.log_probs(x))
-
-
-def test_clip_weights_from_a_local_file(tmp_path, tiny_clip):
-    reference = networks.ClipNetwork(2, tiny_clip, None)
-    tensors = {k: v + 0.1 for k, v in reference.clip.state_dict().items() if v.is_floating_point()}
-    io.save_tensors(tmp_path / "clip.safetensors", tensors)
-    loaded = networks.ClipNetwork(2, tiny_clip, str(tmp_path / "clip.safetensors")).clip
-    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in tensors.items()) and not any(p.requires_grad for p in loaded.parameters())
-    with pytest.raises(UserError, match=r"clip.pt is a pickle"):
-        networks.load_clip(tiny_clip, str(tmp_path / "clip.pt"))
-    with pytest.raises(UserError, match=r"CLIP .* cannot be loaded"):
-        networks.load_clip("no-such-model", None)
-    with pytest.raises(UserError, match=r"CLIP .* cannot be loaded .*: give the path of a local file"):
-        networks.load_clip(tiny_clip, str(tmp_path / "missing.safetensors"))
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -416,72 +351,6 @@ def test_load_refuses(saved, change, message):
     with pytest.raises(UserError, match=message) as refused:
         classifiers.load(saved)
     assert str(saved) in str(refused.value)
-
-
-# ------------------------------------------------------------------------------------------------------------- the script
-
-
-def write_dataset(folder: Path, real) -> None:
-    images, scores, splits, edges = real
-    (folder / "images").mkdir(parents=True)
-    paths = [folder / "images" / f"{i}.png" for i in range(len(images))]
-    for path, image in zip(paths, oracles.to_pil(images / 127.5 - 1), strict=True):
-        image.save(path, compress_level=1)
-    labels = oracles.score_to_label(scores, edges, True)
-    table = pd.DataFrame({"path": [str(p) for p in paths], "split": splits, "score_jpeg_size": scores, "label": labels})
-    io.write_parquet(folder / "metadata.parquet", table)
-    report = {"edges": edges, "num_classes": 4, "descending": True, "oracle": "jpeg_size", "unit": "kB", "image_size": 32}
-    io.write_json(folder / "report.json", report | {"label_names": list("abcd")})
-
-
-class Silent:
-    log_metrics = log_artifact = lambda self, *args: None
-
-
-@pytest.fixture
-def script(tmp_path, real, monkeypatch):
-    from scripts import train_classifier
-
-    monkeypatch.setattr(tracking, "run", lambda *args: nullcontext(Silent()))
-    write_dataset(tmp_path / "dataset", [part[:600] if len(part) > 3 else part for part in real])
-    (tmp_path / "config.json").write_text('{"classifier": {"num_epochs": 2}}')
-    argv = ["train_classifier.py", "--config", str(tmp_path / "config.json"), "--dataset", str(tmp_path / "dataset")]
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", [*argv, "--num-threads", str(torch.get_num_threads()), "--output", str(tmp_path / "out"), *args])
-        errors.main(train_classifier.main)
-        return io.read_json(tmp_path / "out" / "metrics.json")
-
-    return call
-
-
-def test_script_measures_held_out_and_generated_images(script, tmp_path, real):
-    assert script()["generated"] is None
-    images, _, _, _ = real
-    (tmp_path / "pool" / "images").mkdir(parents=True)
-    for i, image in enumerate(oracles.to_pil(images[700:750] / 127.5 - 1)):
-        image.save(tmp_path / "pool" / "images" / f"{i:06d}.png")
-    io.write_parquet(tmp_path / "pool" / "samples.parquet", pd.DataFrame({"file_name": [f"images/{i:06d}.png" for i in range(50)]}))
-    result = script("--generated", str(tmp_path / "pool"))
-    assert result["val"]["n"] == 100 and result["generated"]["n"] == 50
-    for part in ("val", "generated"):
-        for when in ("before", "after"):
-            assert set(result[part][when]) == {"accuracy", "nll", "ece"} and result[part][when]["accuracy"] > 0.7
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json", "metrics.json", "reliability.png"}
-    with Image.open(tmp_path / "out" / "reliability.png") as image:
-        assert image.width > 1.5 * image.height
-    assert classifiers.load(tmp_path / "out").log_probs(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
-
-
-def test_script_refuses_in_one_line(script, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        script("--generated", str(tmp_path / "nowhere"))
-    assert "nowhere/samples.parquet is missing" in capsys.readouterr().err.splitlines()[-1]
-    (tmp_path / "dataset" / "images" / "7.png").unlink()
-    with pytest.raises(SystemExit) as stopped:
-        script()
-    assert stopped.value.code == 2 and "7.png: missing file" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_reliability_diagram_draws_a_panel_for_each_set():

@@ -16,7 +16,14 @@ from ctrl.io import write_json, write_parquet
 from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = {"oracle": "brightness", "edges": [0.25, 0.5, 0.75], "descending": False, "num_classes": 4, "label_names": list("abcd")}
+REPORT = {
+    "oracle": "brightness",
+    "edges": [0.25, 0.5, 0.75],
+    "descending": False,
+    "num_classes": 4,
+    "label_names": list("abcd"),
+    "unit": "",
+}
 CONFIG = {"num_bootstrap": 50, "num_neighbours": 3}
 SUBJECTS = ["bag", "coat"]
 
@@ -68,6 +75,8 @@ def test_figures(folders, network):
     assert figures["macro_f1"]["value"] == pytest.approx((24 / 26 + 20 / 22 + 2) / 4)
     assert result["confusion"] == [[12, 0, 0, 0], [2, 10, 0, 0], [0, 0, 12, 0], [0, 0, 0, 12]]
     assert result["per_subject"] == {"bag": {"accuracy": 23 / 24, "n": 24}, "coat": {"accuracy": 23 / 24, "n": 24}}
+    misses = result["misses"]
+    assert misses["n"] == 2 and 0.1 < misses["median"] <= misses["largest"] < 0.15, "brightness 1/8, half a bin below label 1"
     assert figures["nfe_forward"] == {"value": 10, "n": 48, "lo": None, "hi": None}
     assert figures["nfe"]["value"] == 10
     assert figures["seconds_per_image"]["value"] == pytest.approx(0.2)

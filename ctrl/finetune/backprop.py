@@ -68,10 +68,13 @@ def clip_adjoint(x: Tensor, share: float, max_norm: float | None) -> Tensor:
     for less than gamma says.
     """
     if max_norm is not None and x.requires_grad:
-
-        def clip(g: Tensor) -> Tensor:
-            norm = g.flatten(1).norm(dim=1).clamp(min=1e-30)
-            return g * (share * max_norm / norm).clamp(max=1).view(-1, *[1] * (g.ndim - 1))
-
-        x.register_hook(clip)
+        x.register_hook(lambda g: bounded(g, share * max_norm))
     return x
+
+
+def bounded(g: Tensor, max_norm: float | None) -> Tensor:
+    """`g` with shape (B, *), each row by itself scaled down to a norm of `max_norm`; None: as it is."""
+    if max_norm is None:
+        return g
+    norm = g.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return g * (max_norm / norm).clamp(max=1).view(-1, *[1] * (g.ndim - 1))

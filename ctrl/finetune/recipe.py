@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ctrl.control import Control
 from ctrl.finetune import loop
+from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.pairs import draw
 from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
 
+TRAINERS = {"backprop": backprop, "adjoint": adjoint}
 Cells = Sequence[tuple[str, int]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -68,10 +70,10 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
         prompts, subjects, labels = draw(task.cells, task.templates, size, generator)
         seeds = torch.randint(2**62, (size,), generator=generator)
-        cuts = None
+        cut = {}
         if config["truncation"]:
             low, high = config["truncation"]
-            cuts = torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)
+            cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)}
         temperature = annealed(update, start, softening["hold"], softening["updates"])
         parts = []
         for part in torch.arange(size).split(micro):
@@ -82,9 +84,9 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
                 psi, pre = recomputed(psi), recomputed(pre)
             noise = noise_of(seeds[part].tolist(), shape, process.num_steps, control.base.device)
             parts.append(
-                backprop(
-                    process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight,
-                    None if cuts is None else cuts[part], 1 / size, control.active(process), max_adjoint_norm,
+                TRAINERS[config["trainer"]](
+                    process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
+                    active=control.active(process), max_adjoint_norm=max_adjoint_norm, **{key: k[part] for key, k in cut.items()},
                 )
             )  # fmt: skip
         terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}

@@ -1,0 +1,59 @@
+"""Adjoint matching: sample without gradients, walk back through the *pretrained* model, regress (Domingo-Enrich et al., ICLR 2025).
+
+    g_0 = gamma · ∇ log p̂(y | x_0),    g_t = (∂mu_pre(x_t) / ∂x_t)ᵀ g_s        arXiv 2409.08861, the "lean" adjoint
+    loss = Σ_t ‖mu_psi(x_t) − mu_pre(x_t) − sigma_t² g_s‖² / (2 sigma_t²)       at its minimum psi samples p_gamma
+
+No graph spans more than one step, so the memory does not grow with their number.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ctrl.finetune.backprop import bounded
+from ctrl.process import Denoiser, Process
+
+
+def adjoint(
+    process: Process,
+    psi: Denoiser,
+    pre: Denoiser,
+    log_prob: Callable[[Tensor], Tensor],
+    noise: Tensor,
+    gamma: float,
+    kl_weight: float = 1.0,
+    share: float = 1.0,
+    active: Sequence[bool] | None = None,
+    max_adjoint_norm: float | None = None,
+) -> dict[str, Tensor]:
+    """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
+
+    Arguments and result are those of `backprop`, without a truncation. `kl_weight` scales the regularisation: the target shift of mu is
+    sigma_t² g_s / kl_weight. Raises ValueError for a `kl_weight` of 0, where there is nothing to regress on.
+    """
+    if kl_weight <= 0:
+        raise ValueError("adjoint matching needs a KL: kl_weight must be above 0; maximise a reward alone by backprop")
+    num_steps, path = process.num_steps, [noise[0]]
+    acts = [active is None or active[i] for i in range(num_steps)]
+    with torch.no_grad():
+        for i in range(num_steps):
+            path.append(process.step(i, path[i], (psi if acts[i] else pre)(path[i], i), noise[i + 1]))
+    with torch.enable_grad():
+        x_0 = path[-1].detach().requires_grad_()
+        log_p = log_prob(x_0)
+        (g,) = torch.autograd.grad(gamma * log_p.sum(), x_0)
+    g, kl, log_ratio = bounded(g, max_adjoint_norm), noise.new_zeros(noise.shape[1]), noise.new_zeros(noise.shape[1])
+    for i in reversed(range(num_steps)):
+        x_t = path[i].detach().requires_grad_()
+        eps_pre = pre(x_t, i)
+        (g_t,) = torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)
+        if acts[i]:
+            eps_pre, sigma = eps_pre.detach(), process.sigma(i)
+            eps = psi(path[i].detach(), i)
+            miss = process.eps_coefficient(i) * (eps - eps_pre) - sigma**2 / kl_weight * g
+            (share * kl_weight * miss.square().sum() / (2 * sigma**2)).backward()
+            kl = kl + process.kl(i, eps.detach(), eps_pre)
+            log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre, noise[i + 1])
+        g = bounded(g_t, max_adjoint_norm)
+    return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x_0.detach()}

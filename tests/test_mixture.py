@@ -1,0 +1,163 @@
+"""Where the right answer is known: both trainers on a Gaussian mixture, against exact samples and the identities of the optimum."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from ctrl.errors import UserError
+from ctrl.finetune.adjoint import adjoint
+from ctrl.finetune.backprop import backprop
+from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
+from ctrl.sampling import sample
+
+WEIGHTS, MEANS = [0.3, 0.3, 0.2, 0.2], [[-2, -1], [2, -1], [0, 2], [0, 0]]
+COVARIANCES = [[[0.3, 0.1], [0.1, 0.2]], [[0.2, -0.1], [-0.1, 0.3]], [[0.4, 0], [0, 0.1]], [[0.1, 0], [0, 0.1]]]
+TRAINERS = {"backprop": backprop, "adjoint": adjoint}
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """The mixture and its label, standardised."""
+    mixture = GaussianMixture.from_config(WEIGHTS, MEANS, COVARIANCES)
+    label = SoftmaxLinear.from_config([[2, 0], [-2, 0], [0, 3]], [0, 0, -1], 2)
+    moments = mixture.moments()
+    return mixture.affine(*moments), label.affine(*moments)
+
+
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
+    angles = torch.linspace(0, math.pi, 33, dtype=torch.float64)[:-1]
+    axes = torch.stack([angles.cos(), angles.sin()])
+    return ((a.double() @ axes).sort(0)[0] - (b.double() @ axes).sort(0)[0]).abs().mean().item()
+
+
+def train(problem, trainer, gamma, num_updates, num_steps=24, batch_size=256, **settings):
+    """Adam with a cosine to zero, as everywhere; returns the network and the process."""
+    mixture, label = problem
+    process, generator = process_of(mixture, num_steps), torch.Generator().manual_seed(1)
+    pre, net = mixture.denoiser(process), Controlled(mixture, label.num_classes)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
+    for _ in range(num_updates):
+        y = torch.randint(label.num_classes, (batch_size,), generator=generator)
+        noise = torch.randn(num_steps + 1, batch_size, mixture.dim, generator=generator)
+        optimizer.zero_grad()
+        TRAINERS[trainer](
+            process, net.denoiser(process, y), pre, lambda x, y=y: label.log_prob(x, y), noise, gamma, share=1 / batch_size,
+            active=active(process), **settings,
+        )  # fmt: skip
+        optimizer.step()
+        schedule.step()
+    return net, process
+
+
+def test_denoiser_is_the_score_of_the_noisy_mixture(problem, generator):
+    """eps = −sqrt(1 − ᾱ) ∇ log p_t, by automatic differentiation of the noisy mixture's density."""
+    mixture, process = problem[0], process_of(problem[0], 8)
+    for i in range(8):
+        abar = process.abar_t[i].item()
+        noisy = GaussianMixture(mixture.weights, abar**0.5 * mixture.means, abar * mixture.covariances + (1 - abar) * torch.eye(2))
+        x = torch.randn(50, 2, generator=generator).requires_grad_()
+        (score,) = torch.autograd.grad(noisy.log_density(x).sum(), x)
+        assert torch.allclose(mixture.denoiser(process)(x, i), -((1 - abar) ** 0.5) * score, atol=1e-4)
+
+
+def test_density_moments_and_samples_agree(generator):
+    mixture = GaussianMixture.from_config(WEIGHTS, MEANS, COVARIANCES)
+    x = mixture.sample(20_000, generator)
+    expected = sum(w * multivariate_normal(m, c).pdf(x.numpy()) for w, m, c in zip(WEIGHTS, MEANS, COVARIANCES, strict=True))
+    np.testing.assert_allclose(mixture.log_density(x).exp().numpy(), expected, rtol=1e-9)
+    mean, sd = mixture.moments()
+    assert torch.allclose(x.mean(0), mean, atol=0.05) and torch.allclose(x.std(0), sd, atol=0.05)
+    standard = mixture.affine(mean, sd)
+    assert torch.allclose(standard.moments()[0], torch.zeros(2).double(), atol=1e-12)
+    assert torch.allclose(standard.log_density((x - mean) / sd), mixture.log_density(x) + sd.log().sum(), atol=1e-9)
+
+
+def test_label_is_the_same_in_standardised_coordinates(generator):
+    label, x = SoftmaxLinear.from_config([[1, 2], [3, -1]], [0.5, 0], 2), torch.randn(10, 2, generator=generator).double()
+    shift, scale = torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 0.5]).double()
+    assert torch.allclose(label.affine(shift, scale).log_probs((x - shift) / scale), label.log_probs(x))
+
+
+def test_sampler_nears_the_mixture_as_steps_grow(problem, generator):
+    mixture, distances = problem[0], []
+    for num_steps in (8, 32, 128):
+        process = process_of(mixture, num_steps)
+        x = sample(process, mixture.denoiser(process), torch.randn(num_steps + 1, 20_000, 2, generator=generator))
+        distances.append(sliced_wasserstein(x, mixture.sample(20_000, generator)))
+    assert distances[0] > 1.5 * distances[1] > 1.5 * distances[2] and distances[2] < 0.03
+
+
+def test_rejection_draws_the_tilted_density(problem, generator):
+    """Importance weights p(y | x)^gamma on draws of the mixture give the same means as rejection."""
+    mixture, label = problem
+    x = mixture.sample(200_000, generator)
+    weights = (3.0 * label.log_probs(x)[:, 2]).softmax(0)
+    assert torch.allclose(exact(mixture, label, 2, 3.0, 20_000, generator).mean(0), weights @ x, atol=0.03)
+    with pytest.raises(UserError, match="too rare"):
+        exact(mixture, SoftmaxLinear(label.weight, torch.tensor([0.0, 0.0, -40.0]).double()), 2, 1.0, 10, generator)
+
+
+def test_at_the_start_it_is_the_mixture_and_the_kl_is_zero(problem, generator):
+    mixture, label = problem
+    process = process_of(mixture, 6)
+    net, noise, y = Controlled(mixture, 3), torch.randn(7, 5, 2, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(sample(process, net.denoiser(process, y), noise), sample(process, mixture.denoiser(process), noise))
+    for trainer in TRAINERS.values():
+        figures = trainer(process, net.denoiser(process, y), mixture.denoiser(process), lambda x: label.log_prob(x, y), noise, 1.0,
+                          active=active(process))  # fmt: skip
+        assert figures["kl_nats"].abs().max() == 0 and figures["log_ratio"].abs().max() == 0
+
+
+def test_both_trainers_report_the_same_trajectories(problem, generator):
+    mixture, label = problem
+    process = process_of(mixture, 6)
+    net, noise, y = Controlled(mixture, 3), torch.randn(7, 5, 2, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+    torch.nn.init.normal_(net.outer.weight, 0, 0.3, generator=generator)
+    a, b = (
+        t(process, net.denoiser(process, y), mixture.denoiser(process), lambda x: label.log_prob(x, y), noise, 2.0, active=active(process))
+        for t in TRAINERS.values()
+    )
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in ("x_0", "log_prob", "kl_nats", "log_ratio"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [1.0, 3.0])
+@pytest.mark.parametrize("trainer", list(TRAINERS))
+def test_the_optimum_is_p_gamma(problem, trainer, gamma, generator):
+    """Sampled in many steps, no label is farther from p_gamma(x | y) than twice the distance of two exact sets; nothing else comes near."""
+    mixture, label = problem
+    net, _ = train(problem, trainer, gamma, 400)
+    process, n = process_of(mixture, 128), 5_000
+    for y in range(label.num_classes):
+        noise = torch.randn(129, n, 2, generator=generator)
+        x = sample(process, net.denoiser(process, torch.full((n,), y)), noise)
+        truth = exact(mixture, label, y, gamma, n, generator)
+        floor = np.mean([sliced_wasserstein(truth, exact(mixture, label, y, gamma, n, generator)) for _ in range(4)])
+        before = sliced_wasserstein(sample(process, mixture.denoiser(process), noise), truth)
+        assert sliced_wasserstein(x, truth) < max(3 * floor, 0.05) < 0.2 * before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weights", [1, -1], "base.weights"),
+        ("weights", [1], r"weights \(1,\)"),
+        ("means", [[0, 0], [1]], "lists of equal lengths"),
+        ("covariances", [[[1, 0], [0, 1]], [[1, 2], [2, 1]]], r"base.covariances\[1\].*positive eigenvalues"),
+    ],
+)
+def test_a_wrong_mixture_is_refused(key, value, message):
+    right = {"weights": [1, 1], "means": [[0, 0], [1, 1]], "covariances": [[[1, 0], [0, 1]]] * 2}
+    with pytest.raises(UserError, match=message):
+        GaussianMixture.from_config(**right | {key: value})
+    with pytest.raises(UserError, match=r"weight \(2, 3\)"):
+        SoftmaxLinear.from_config([[1, 2, 3], [1, 2, 3]], [0, 0], 2)
