@@ -45,6 +45,7 @@ def check(config: dict, schema: dict, where: str = "config") -> None:
 
 def check_across(config: dict, where: str = "config") -> None:
     """Raises UserError where two keys that are fine alone contradict each other."""
+    check_mixture(config, where)
     dataset, finetune, num_steps = config["dataset"], config["finetune"], config["sampler"]["num_steps"]
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
@@ -57,6 +58,25 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must be below its updates, {softening['updates']}")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
+
+
+MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "methods")}
+
+
+def check_mixture(config: dict, where: str) -> None:
+    """A Gaussian mixture and its label need all of their keys; every other base takes none of them."""
+    mixture = config["base"]["kind"] == "gaussian_mixture"
+    if mixture != (config["label"]["kind"] == "softmax_linear"):
+        raise UserError(
+            f"{where}: base.kind is {config['base']['kind']}, label.kind {config['label']['kind']}; a mixture's is softmax_linear"
+        )
+    for section, names in MIXTURE.items():
+        for name in names:
+            key = f"{section}.{name}" if section else name
+            if (name in (config[section] if section else config)) != mixture:
+                raise UserError(
+                    f"{where}: {key} {'is missing' if mixture else 'belongs to base.kind gaussian_mixture alone: leave it out'}"
+                )
 
 
 def nearest(key: str, siblings: list[str], dotted: list[str], parent: str = "") -> str:

@@ -74,7 +74,7 @@ class Control:
 
     def _switch(self, on: bool) -> None:
         for layer in self._layers:
-            layer._disable_adapters = not on or bool(self._merged)
+            layer._disable_adapters = not on
         for module, weights in self._merged:
             module.weight.data = weights[on]
 
@@ -83,10 +83,13 @@ class Control:
         """For sampling alone: LoRA added to the weights once, so that a pass costs what the pretrained model's costs; returns itself.
 
         The pretrained weights are kept beside the merged ones, and take turns with them: inside `pretrained()` the model is still the
-        pretrained one, bit for bit. Afterwards no gradient reaches LoRA, and training goes nowhere.
+        pretrained one, bit for bit. The LoRA layers themselves are gone from the network: there is nothing left to train or to save.
         """
-        layers = [(m.get_base_layer(), m.get_delta_weight("ctrl")) for m in self._layers]
-        self._merged = [(m, {False: m.weight.data, True: m.weight.data + delta.to(m.weight)}) for m, delta in layers]
+        for name, layer in [(n, m) for n, m in self.base.unet.named_modules() if isinstance(m, BaseTunerLayer)]:
+            module, delta = layer.get_base_layer(), layer.get_delta_weight("ctrl")
+            self._merged.append((module, {False: module.weight.data, True: module.weight.data + delta.to(module.weight)}))
+            self.base.unet.set_submodule(name, module)
+        self._layers = []
         self._switch(True)
         return self
 

@@ -84,7 +84,7 @@ def reject(
 
 def path_figures(
     base: Base, process: Process, rows: pd.DataFrame, psi: MakeDenoiser, pre: MakeDenoiser, log_prob: Callable[[Tensor, Tensor], Tensor],
-    gamma: float, batch_size: int,
+    gamma: float, batch_size: int, active: Sequence[bool] | None = None,
 ) -> dict[str, dict]:  # fmt: skip
     """kl_nats and var_log_w over the paths of `rows`, each with its sample size; `log_prob` takes x_0 and labels, in nats."""
     kl, log_w = [], []
@@ -92,7 +92,7 @@ def path_figures(
         part = rows.iloc[start : start + batch_size]
         prompts, labels = part["prompt"].tolist(), torch.tensor(part["label"].to_numpy(), device=base.device)
         noise = noise_of(part["seed"], base.latent_shape, process.num_steps, base.device)
-        x_0, kl_nats, log_ratio = path_statistics(process, psi(prompts, labels), pre(prompts, labels), noise)
+        x_0, kl_nats, log_ratio = path_statistics(process, psi(prompts, labels), pre(prompts, labels), noise, active)
         with torch.no_grad():
             log_w.append(gamma * log_prob(x_0, labels) - log_ratio)
         kl.append(kl_nats)

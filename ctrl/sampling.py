@@ -29,13 +29,20 @@ def sample(process: Process, denoiser: Denoiser, noise: Tensor) -> Tensor:
         return x
 
 
-def path_statistics(process: Process, psi: Denoiser, pre: Denoiser, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0 sampled by `psi`, its path KL to `pre` in nats, and log psi(path) / pre(path); shapes (B, *), (B,), (B,)."""
+def path_statistics(
+    process: Process, psi: Denoiser, pre: Denoiser, noise: Tensor, active: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_0 sampled by `psi`, its path KL to `pre` in nats, and log psi(path) / pre(path); shapes (B, *), (B,), (B,).
+
+    `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
+    """
     with torch.no_grad():
         x, kl, log_ratio = noise[0], noise.new_zeros(noise.shape[1]), noise.new_zeros(noise.shape[1])
         for i in range(process.num_steps):
-            eps, eps_pre = psi(x, i), pre(x, i)
-            kl += process.kl(i, eps, eps_pre)
-            log_ratio += process.log_ratio(i, eps, eps_pre, noise[i + 1])
+            eps = eps_pre = pre(x, i)
+            if active is None or active[i]:
+                eps = psi(x, i)
+                kl += process.kl(i, eps, eps_pre)
+                log_ratio += process.log_ratio(i, eps, eps_pre, noise[i + 1])
             x = process.step(i, x, eps, noise[i + 1])
         return x, kl, log_ratio

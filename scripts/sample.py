@@ -60,7 +60,7 @@ def figures_of_adapter(control, process, config, args, psi, samples, num_images:
         rows = samples.sample(min(num_images, len(samples)), random_state=0)
         figures |= path_figures(
             base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, adapter["gamma"],
-            config["sampler"]["batch_size"],
+            config["sampler"]["batch_size"], control.active(process),
         )  # fmt: skip
     return figures
 

@@ -43,7 +43,7 @@ def main() -> None:
     keys = ("num_classes", "descending", "edges", "oracle", "unit", "label_names", "image_size")
     description = {"network": settings["network"], "head": settings["head"], **{k: report[k] for k in keys}}
     if settings["network"] == "clip":
-        description["clip"] = settings.get("clip", {"model": "ViT-L-14", "pretrained": "openai"})
+        description["clip"] = settings["clip"]
 
     name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
     with tracking.run(config, config["experiment"], name, {"network": settings["network"]}, uri) as run:

@@ -14,8 +14,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import check, resolve
-from ctrl.errors import UserError
+from ctrl.config import UserError, check, resolve
 
 
 def read_methods(path: str) -> dict[str, dict]:
@@ -72,6 +71,7 @@ CODE = {
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *EVALUATION],
     "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py"],
+    "mixture": ["scripts/mixture.py", *(f"ctrl/{name}.py" for name in ("mixture", "proof", "process", "sampling")), *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
     "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
     "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/oracles.py"],
@@ -145,5 +145,5 @@ def flags(needs: dict[str, str], *only: str) -> list[str]:
 
 
 def all_targets(table: str = "results") -> list[str]:
-    figures = "figures" if table == "results" else f"figures_{table}"
-    return [f"{RESULTS}/{name}" for name in (f"tables/{table}.csv", f"{figures}/teaser.png", "classifier/reliability.png")]
+    images = (f"tables/{table}.csv", f"figures{'' if table == 'results' else '_' + table}/teaser.png", "classifier/reliability.png")
+    return [f"{RESULTS}/{name}" for name in (("tables/mixture.md", "figures/mixture.png") if "gammas" in config else images)]

@@ -1,0 +1,198 @@
+"""Every method on a Gaussian mixture, and how far each is from the exact p_gamma(x | y): in samples, and on a grid in two dimensions.
+
+A method is a function of the problem, gamma and a generator. What has a scale to tune sweeps it against exact samples of its own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctrl.finetune import loop
+from ctrl.finetune.adjoint import adjoint
+from ctrl.finetune.backprop import backprop
+from ctrl.finetune.objective import learning_rate_factor, summed_kl_weight, within_cell_variance
+from ctrl.finetune.supervised import supervised
+from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
+from ctrl.process import Denoiser
+from ctrl.sampling import path_statistics, sample
+
+SCALES = [0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]  # of every method that has one
+NUM_TUNING = 2000  # samples a label and scale
+
+
+@dataclass
+class Problem:
+    """Mixture and label in standardised coordinates, x = shift + scale · z; `settings` is the config's finetune section."""
+
+    mixture: GaussianMixture
+    label: SoftmaxLinear
+    num_steps: int
+    settings: dict
+    seed: int
+    folder: Path
+    figures: dict = field(default_factory=dict)
+
+    def noise(self, num: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.num_steps + 1, num, self.mixture.dim, generator=generator)
+
+
+Draw = Callable[[int, int, torch.Generator], Tensor]  # label, number of samples, generator -> samples with shape (number, D)
+
+
+def draw_exact(problem: Problem, gamma: float) -> Draw:
+    return lambda y, num, generator: exact(problem.mixture, problem.label, y, gamma, num, generator)
+
+
+def sampler(problem: Problem, denoiser_of: Callable[[Tensor], Denoiser]) -> Draw:
+    """The common sampling loop, of a denoiser that `denoiser_of` labels with shape (B,) makes."""
+    process = process_of(problem.mixture, problem.num_steps)
+    return lambda y, num, generator: sample(process, denoiser_of(torch.full((num,), y)), problem.noise(num, generator))
+
+
+def draw_pretrained(problem: Problem, gamma: float) -> Draw:
+    return sampler(problem, lambda y: problem.mixture.denoiser(process_of(problem.mixture, problem.num_steps)))
+
+
+def train(problem: Problem, name: str, loss: Callable) -> Controlled:
+    """A controlled model trained by `loss(process, net, y, generator, share)`, which adds gradients and returns figures; checkpointed."""
+    settings, process = problem.settings, process_of(problem.mixture, problem.num_steps)
+    net = Controlled(problem.mixture, problem.label.num_classes, seed=problem.seed)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), settings["learning_rate"], tuple(settings["betas"]), weight_decay=settings["weight_decay"]
+    )
+    size, num_updates = settings["batch_size"], settings["num_updates"]
+
+    def gradient(update: int) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + update)
+        y = torch.randint(problem.label.num_classes, (size,), generator=generator)
+        figures = loss(process, net, y, generator, 1 / size)
+        return {key: figures[key].mean().item() for key in ("log_prob", "kl_nats") if key in figures} | {
+            "var_log_w": within_cell_variance(figures["log_w"], y.tolist()) if "log_w" in figures else math.nan
+        }
+
+    folder = problem.folder / name
+    history = loop.run(
+        dict(net.named_parameters()), optimizer, gradient, lambda update: {}, num_updates, folder, settings["max_grad_norm"],
+        settings["checkpoint_every"], num_updates, f"{name} {settings} {problem.num_steps} {problem.seed} {problem.mixture}{problem.label}",
+        rate=lambda u: learning_rate_factor(u, num_updates, settings["warmup_updates"], settings["decay"]),
+    )  # fmt: skip
+    loop.discard_checkpoint(folder)
+    problem.figures["train_seconds"] = round(sum(row["seconds"] for row in history), 1)
+    return net
+
+
+def draw_trained(
+    problem: Problem, gamma: float, trainer: Callable, name: str, kl_weight: float = 1.0, kl_reduction: str = "sum", reward: float = 1.0
+) -> Draw:
+    """Fine-tuned on `reward` · gamma · log p(y | x_0) − `kl_weight` · KL, the KL summed or averaged over dimensions."""
+    kl_weight = summed_kl_weight(kl_weight, kl_reduction, problem.mixture.dim)
+
+    def loss(process, net, y, generator, share):
+        pre, noise = problem.mixture.denoiser(process), problem.noise(len(y), generator)
+        figures = trainer(
+            process, net.denoiser(process, y), pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share,
+            active=active(process),
+        )  # fmt: skip
+        return figures | {"log_w": gamma * figures["log_prob"] - figures["log_ratio"]}
+
+    net, process = train(problem, f"{name}_gamma{gamma:g}", loss), process_of(problem.mixture, problem.num_steps)
+    generator = torch.Generator().manual_seed(problem.seed + 77)
+    y = torch.arange(problem.label.num_classes).repeat_interleave(1000)
+    pre, noise = problem.mixture.denoiser(process), problem.noise(len(y), generator)
+    x, kl, log_ratio = path_statistics(process, net.denoiser(process, y), pre, noise, active(process))
+    log_w = gamma * problem.label.log_prob(x, y) - log_ratio
+    problem.figures |= {"kl_nats": kl.mean().item(), "var_log_w": within_cell_variance(log_w, y.tolist())}
+    return sampler(problem, lambda y: net.denoiser(process, y))
+
+
+def draw_tuned(problem: Problem, gamma: float, draw_of: Callable[[float], Draw]) -> Draw:
+    """The scale of SCALES that comes nearest to exact samples, which share nothing with those that the table compares with."""
+    sweep = []
+    for scale in SCALES:
+        generator = torch.Generator().manual_seed(problem.seed + 55)
+        pairs = [
+            (draw_of(scale)(y, NUM_TUNING, generator), exact(problem.mixture, problem.label, y, gamma, NUM_TUNING, generator))
+            for y in range(problem.label.num_classes)
+        ]
+        sweep.append({"scale": scale, "sliced_wasserstein": sum(sliced_wasserstein(*pair) for pair in pairs) / len(pairs)})
+    best = min(sweep, key=lambda row: row["sliced_wasserstein"])["scale"]
+    problem.figures |= {"scale": best, "sweep": sweep}
+    return draw_of(best)
+
+
+def draw_guided(problem: Problem, gamma: float, weighting: str) -> Draw:
+    """Reconstruction guidance by the true log p(y | x)."""
+    process = process_of(problem.mixture, problem.num_steps)
+    pre = problem.mixture.denoiser(process)
+
+    def guided(y: Tensor, scale: float) -> Denoiser:
+        wrapped = reconstruction_guidance(pre, process, lambda x_0: problem.label.log_prob(x_0, y), scale, weighting)
+        acts = active(process)
+        return lambda x_t, i: wrapped(x_t, i) if acts[i] else pre(x_t, i)
+
+    return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)))
+
+
+def draw_cfg(problem: Problem, gamma: float) -> Draw:
+    """Classifier-free guidance: supervised on fresh labelled samples, as many as the others' trajectories; its scale tuned."""
+
+    def loss(process, net, y, generator, share):
+        x_0 = problem.mixture.sample(len(y), generator)
+        y = torch.multinomial(problem.label.log_probs(x_0).exp(), 1, generator=generator)[:, 0]
+        return supervised(process, net.denoiser, x_0.float(), y, generator, share, active(process))
+
+    net, process = train(problem, "cfg", loss), process_of(problem.mixture, problem.num_steps)
+    return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: net.denoiser(process, y, scale)))
+
+
+METHODS: dict[str, Callable[[Problem, float], Draw]] = {
+    "exact": draw_exact,
+    "exact_reference": draw_exact,
+    "pretrained": draw_pretrained,
+    "ctrl": partial(draw_trained, trainer=backprop, name="ctrl"),
+    "ctrl_adjoint": partial(draw_trained, trainer=adjoint, name="ctrl_adjoint"),
+    "reconstruction_guidance": partial(draw_guided, weighting="constant"),
+    "dps": partial(draw_guided, weighting="normalised"),
+    "cfg": draw_cfg,
+    "reward_maximization": partial(draw_trained, trainer=backprop, name="reward_maximization", kl_weight=0.0),
+    "mean_kl": partial(draw_trained, trainer=backprop, name="mean_kl", kl_weight=0.01, kl_reduction="mean", reward=0.1),
+}
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, num_axes: int = 64) -> float:
+    """Mean over directions of the 1-Wasserstein distance of the projections; equally many samples, shapes (N, D)."""
+    axes = torch.randn(a.shape[1], num_axes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    axes = axes / axes.norm(dim=0)
+    return ((a.double() @ axes).sort(0)[0] - (b.double() @ axes).sort(0)[0]).abs().mean().item()
+
+
+def grid_probabilities(problem: Problem, y: int, gamma: float, edges: Tensor, fine: int = 4) -> Tensor:
+    """p_gamma(x | y) of every cell of a square grid with `edges` (G + 1,) on both axes, by midpoints of `fine`² parts; shape (G, G)."""
+    width = (edges[1] - edges[0]) / fine
+    points = edges[0] + width * (torch.arange(fine * (len(edges) - 1)) + 0.5)
+    x = torch.cartesian_prod(points, points).double()
+    log_p = problem.mixture.log_density(x) + gamma * problem.label.log_probs(x)[:, y]
+    size = len(edges) - 1
+    return log_p.softmax(0).view(size, fine, size, fine).sum((1, 3))
+
+
+def total_variation(samples: Tensor, probabilities: Tensor, edges: Tensor) -> float:
+    """½ Σ |share of samples − probability| over the cells of a grid; what lies outside counts as one more cell."""
+    counts = torch.histogramdd(samples.float().contiguous(), bins=[edges.float(), edges.float()]).hist / len(samples)
+    return 0.5 * ((counts - probabilities).abs().sum() + (1 - counts.sum())).item()
+
+
+def compare(problem: Problem, gamma: float, drawn: Sequence[Tensor], truth: Sequence[Tensor], num_cells: int = 40) -> dict[str, float]:
+    """Means over the labels of the distances of one method's samples to exact ones and, in two dimensions, to the exact density."""
+    figures = {"sliced_wasserstein": sum(map(sliced_wasserstein, drawn, truth)) / len(drawn)}
+    if problem.mixture.dim == 2:
+        edges = torch.linspace(-4, 4, num_cells + 1)
+        densities = [grid_probabilities(problem, y, gamma, edges) for y in range(len(drawn))]
+        figures["total_variation"] = sum(total_variation(x, p, edges) for x, p in zip(drawn, densities, strict=True)) / len(drawn)
+    return figures
