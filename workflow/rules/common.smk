@@ -60,7 +60,7 @@ CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
 GUIDANCE = ["ctrl/guidance/reconstruction.py", *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
-TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "recipe")]
+TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
 CODE = {
     "pretrain": ["scripts/pretrain.py", "ctrl/pretrain.py", "ctrl/data.py", "ctrl/dct.py"],
     "train_garments": ["scripts/train_garments.py", "ctrl/features.py", "ctrl/data.py"],
@@ -71,7 +71,7 @@ CODE = {
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *EVALUATION],
     "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py"],
-    "mixture": ["scripts/mixture.py", *(f"ctrl/{name}.py" for name in ("mixture", "proof", "process", "sampling")), *TRAINERS],
+    "mixture": ["scripts/mixture.py", "ctrl/mixture.py", "ctrl/proof.py", *CORE, *GUIDANCE, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
     "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
     "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/oracles.py"],
