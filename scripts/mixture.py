@@ -43,7 +43,7 @@ def main() -> None:
             problem = Problem(*standard, config["sampler"]["num_steps"], config["finetune"], config["seed"], args.checkpoints)
             draw, truth = METHODS[args.method](problem, gamma), draw_exact(problem, gamma)
             drawn, right = (
-                [d(y, num, torch.Generator().manual_seed(s + 1000 * number + y)) for y in range(label.num_classes)]
+                [d(y, num, torch.Generator().manual_seed(s + 1000 * round(1000 * gamma) + y)) for y in range(label.num_classes)]
                 for d, s in ((draw, seed), (truth, EXACT_SEED))
             )
             row = {"method": args.method, "gamma": gamma, "n": num * label.num_classes} | compare(problem, gamma, drawn, right)
