@@ -22,7 +22,8 @@ from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exa
 from ctrl.process import Denoiser
 from ctrl.sampling import path_statistics, sample
 
-SCALES = [0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]  # of every method that has one
+SCALES = [0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]  # of every method that has one; 1 is right in theory, where there is a theory
+DPS_SCALES = [0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5]  # as many, for moves of x_s itself, which add up over the steps
 NUM_TUNING = 2000  # samples a label and scale
 
 
@@ -113,10 +114,10 @@ def draw_trained(
     return sampler(problem, lambda y: net.denoiser(process, y))
 
 
-def draw_tuned(problem: Problem, gamma: float, draw_of: Callable[[float], Draw]) -> Draw:
-    """The scale of SCALES that comes nearest to exact samples, which share nothing with those that the table compares with."""
+def draw_tuned(problem: Problem, gamma: float, draw_of: Callable[[float], Draw], scales: Sequence[float] = SCALES) -> Draw:
+    """The scale that comes nearest to exact samples, which share nothing with those that the table compares with."""
     sweep = []
-    for scale in SCALES:
+    for scale in scales:
         generator = torch.Generator().manual_seed(problem.seed + 55)
         pairs = [
             (draw_of(scale)(y, NUM_TUNING, generator), exact(problem.mixture, problem.label, y, gamma, NUM_TUNING, generator))
@@ -138,7 +139,8 @@ def draw_guided(problem: Problem, gamma: float, weighting: str) -> Draw:
         acts = active(process)
         return lambda x_t, i: wrapped(x_t, i) if acts[i] else pre(x_t, i)
 
-    return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)))
+    scales = DPS_SCALES if weighting == "normalised" else SCALES
+    return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)), scales)
 
 
 def draw_cfg(problem: Problem, gamma: float) -> Draw:
