@@ -1,7 +1,5 @@
 """Where the right answer is known: both trainers on a Gaussian mixture, against exact samples and the identities of the optimum."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from ctrl.errors import UserError
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
+from ctrl.proof import sliced_wasserstein
 from ctrl.sampling import path_statistics, sample
 
 WEIGHTS, MEANS = [0.3, 0.3, 0.2, 0.2], [[-2, -1], [2, -1], [0, 2], [0, 0]]
@@ -30,12 +29,6 @@ def problem():
     label = SoftmaxLinear.from_config([[2, 0], [-2, 0], [0, 3]], [0, 0, -1], 2)
     moments = mixture.moments()
     return mixture.affine(*moments), label.affine(*moments)
-
-
-def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
-    angles = torch.linspace(0, math.pi, 33, dtype=torch.float64)[:-1]
-    axes = torch.stack([angles.cos(), angles.sin()])
-    return ((a.double() @ axes).sort(0)[0] - (b.double() @ axes).sort(0)[0]).abs().mean().item()
 
 
 def train(problem, trainer, gamma, num_updates, num_steps=32, batch_size=256):

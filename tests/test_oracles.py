@@ -46,14 +46,14 @@ def test_published_bins():
     scores = np.array([200, 110, 109.99, 85, 84.99, 60, 59.99, 0])
     assert oracles.score_to_label(scores, [60, 85, 110], descending=True).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert oracles.score_to_label(scores, [60, 85, 110]).tolist() == [3, 3, 2, 2, 1, 1, 0, 0]
+    assert oracles.label_names([60, 85, 110], True, "kB") == [">= 110 kB", "85-110 kB", "60-85 kB", "< 60 kB"]
+    assert oracles.label_names([0.5]) == ["< 0.5", ">= 0.5"]
 
 
 def test_distance_to_bin_by_hand():
     scores, labels = np.array([50.0, 60.0, 90.0, 120.0, 59.0]), np.array([3, 3, 3, 0, 2])
     assert oracles.distance_to_bin(scores, labels, [60, 85, 110], descending=True).tolist() == [0, 0, 30, 0, 1]
     assert oracles.distance_to_bin(scores, labels, [60, 85, 110]).tolist() == [60, 50, 20, 60, 26]
-    assert oracles.label_names([60, 85, 110], True, "kB") == [">= 110 kB", "85-110 kB", "60-85 kB", "< 60 kB"]
-    assert oracles.label_names([0.5]) == ["< 0.5", ">= 0.5"]
 
 
 @pytest.mark.parametrize("edges", [[2, 1], [1, 1], [], [1, float("nan")], [float("inf")], [[1, 2]]])
