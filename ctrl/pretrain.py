@@ -147,7 +147,7 @@ class Checkpoint:
                 _, i, name = key.split("/")
                 optimizer.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         return int(state["step"])
 
 
@@ -159,17 +159,17 @@ def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: d
         for group in optimizer.param_groups:
             group["lr"] = config["learning_rate"] * cosine(step, num_steps)
         loss = loss_at(step)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}; lower learning_rate ({config['learning_rate']})")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
         optimizer.step()
         after_step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if (step + 1) % 100 == 0 or step + 1 == num_steps:
+            if not math.isfinite(mean := torch.stack(losses).mean().item()):  # asked for rarely: the answer waits for the GPU
+                raise FloatingPointError(f"{label}: the loss is {mean} before step {step + 1}; lower learning_rate ({config['learning_rate']})")
             if log:
-                log({"stage": label, "step": step + 1, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - started})
+                log({"stage": label, "step": step + 1, "loss": mean, "seconds": time.monotonic() - started})
             losses = []
         if (step + 1) % config["checkpoint_every"] == 0 or step + 1 == num_steps:
             checkpoint.save(step + 1)
@@ -179,8 +179,10 @@ def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, se
     """Trains `vae` in place on `images`, uint8 with shape (N, 3, H, W), and sets its `scaling_factor` to 1 / std of the latents.
 
     Stage "decoder" leaves the encoder, and so the latents, as they are. It also ties the rows of the last convolution for R, G and B.
+    Random numbers are drawn on the CPU, here and below, so that a seed means the same on every device.
     """
     generator = torch.Generator().manual_seed(seed)
+    device = images.device
     if stage == "decoder":
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
@@ -189,10 +191,10 @@ def train_vae(vae: AutoencoderKL, images: Tensor, config: dict, folder: Path, se
     optimizer = torch.optim.AdamW(trained, lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
 
     def loss_at(step: int) -> Tensor:
-        batch = images[torch.randint(len(images), (config["batch_size"],), generator=generator)].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+        batch = images[torch.randint(len(images), (config["batch_size"],), generator=generator).to(device)].float() / 127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
             posterior = vae.encode(batch).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean(dim=(1, 2, 3))
         return vae_loss(batch, decoded.float(), kl, config)
@@ -251,7 +253,7 @@ def distill_guidance(
     generator = torch.Generator().manual_seed(seed)
     teacher = copy.deepcopy(unet).requires_grad_(False)
     with torch.no_grad():
-        empty = text_encoder(tokens[:1, -1])[0]
+        empty = text_encoder(tokens[:1, -1].to(unet.device))[0]
 
     def loss_at(step: int) -> Tensor:
         x_t, t, _, prompts, inverse, weight = denoising_batch(generator, latents, tokens, scheduler, config)
@@ -270,16 +272,17 @@ def denoising_batch(
 ) -> tuple[Tensor, ...]:
     """x_t (B, C, h, w), t (B,), the noise, the distinct prompts' token ids, each image's row in them, and the loss weights (B,)."""
     (mean, std), abar, size, empty = latents, scheduler.alphas_cumprod, config["batch_size"], tokens.shape[1] - 1
+    device = mean.device
     i = torch.randint(len(mean), (size,), generator=generator)
     which = torch.randint(empty, (size,), generator=generator)
     which[torch.rand(size, generator=generator) < config["prompt_dropout"]] = empty
     prompts, inverse = tokens[i, which].unique(dim=0, return_inverse=True)
     t = torch.randint(len(abar), (size,), generator=generator)
-    x_0 = mean[i] + std[i] * torch.randn(mean[i].shape, generator=generator)
-    noise = torch.randn(x_0.shape, generator=generator)
+    spread, noise = torch.randn((2, size, *mean.shape[1:]), generator=generator).to(device)
     weight = (config["min_snr_gamma"] * (1 - abar[t]) / abar[t]).clamp(max=1)
-    a = abar[t].view(-1, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, noise, prompts, inverse, weight
+    a, i = abar[t].view(-1, 1, 1, 1).to(device), i.to(device)
+    x_t = a.sqrt() * (mean[i] + std[i] * spread) + (1 - a).sqrt() * noise
+    return x_t, t.to(device), noise, prompts.to(device), inverse.to(device), weight.to(device)
 
 
 def run_averaged(

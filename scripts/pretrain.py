@@ -24,6 +24,7 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     config = yaml.safe_load(args.config.read_text())
     torch.manual_seed(config["seed"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     images, labels = read_idx(args.images, args.split, config["image_size"])
     prompts = [[template.format(name) for template in config["prompts"]] + [""] for name in GARMENTS]
@@ -32,6 +33,7 @@ def main() -> None:
     vae = pretrain.build_vae(config["vae"], config["image_size"])
     latent_size = config["image_size"] // 2 ** (len(config["vae"]["channels"]) - 1)
     unet = pretrain.build_unet(config["unet"], config["text_encoder"]["width"], config["vae"]["latent_channels"], latent_size)
+    images, text_encoder, vae, unet = images.to(device), text_encoder.to(device), vae.to(device), unet.to(device)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
         timestep_spacing=config["scheduler"]["timestep_spacing"],
