@@ -44,7 +44,7 @@ images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
 `load_lora_weights` in any Stable Diffusion pipeline.
 
 ## Training
-{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s; at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats,
+{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s ({device}); at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats,
 accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
 
 ## Limits
@@ -90,7 +90,8 @@ def check_in_plain_diffusers(
     prompts, labels = [templates[0].format(subject) for subject, _ in chosen], [label for _, label in chosen]
     noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
     psi = control.denoiser(process, prompts, torch.tensor(labels), described["sampler"]["guidance_scale"])
-    with torch.no_grad():
+    # Plain diffusers draws on the CPU: a GPU's convolutions come as near to that as it takes in full precision only.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
     output = folder / "plain_diffusers.npy"
     arguments = json.dumps([described["base"], str(folder), described["dtype"], prompts, labels, str(output)])

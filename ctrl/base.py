@@ -1,6 +1,8 @@
 """A pretrained model of the Stable Diffusion family: prompts to conditions, noise prediction, latents to images."""
 
 import hashlib
+import platform
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,19 @@ class Base:
     @property
     def device(self) -> torch.device:
         return self.pipe.unet.device
+
+    @property
+    def device_name(self) -> str:
+        """What a measured time or memory was measured on."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    def peak_memory_mb(self) -> float:
+        """The most memory that this process held at any time: of the GPU where the model is on one, else of the machine."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

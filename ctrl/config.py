@@ -54,8 +54,8 @@ def check_across(config: dict, where: str = "config") -> None:
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
         raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
     softening = finetune["temperature"]
-    if softening["hold"] >= max(softening["updates"], 1):
-        raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must be below its updates, {softening['updates']}")
+    if softening["hold"] > softening["end"]:
+        raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
 

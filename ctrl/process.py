@@ -10,7 +10,7 @@ Step `i` of `N` goes from training timestep `t = timesteps[i]` to the next earli
 A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *) and `i` the index of the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,16 @@ class Process:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    def coarse(self, stride: int, active: Sequence[bool]) -> "Process":
+        """The same way down in longer steps: every `stride`-th of the `active` steps, and each of the others.
+
+        A noise level that stays keeps its ᾱ_t; what a step leads to is the next level that stays.
+        """
+        acts = [i for i in range(self.num_steps) if active[i]][::stride]
+        kept = [i for i in range(self.num_steps) if i in acts or not active[i]]
+        abar_t = self.abar_t[kept]
+        return Process(self.timesteps[kept], abar_t, torch.cat([abar_t[1:], self.abar_s[-1:]]), self.eta)
 
     def sigma(self, i: int) -> float:
         """Standard deviation of step `i`."""

@@ -63,18 +63,18 @@ def draw_pretrained(problem: Problem, gamma: float) -> Draw:
 def train(problem: Problem, name: str, loss: Callable) -> Controlled:
     """A controlled model trained by `loss(process, net, y, generator, share)`, which adds gradients and returns figures; checkpointed."""
     settings = problem.settings
-    processes = [process_of(problem.mixture, max(2, problem.num_steps // part)) for part in (4, 1)]
+    process = process_of(problem.mixture, problem.num_steps)
+    long_steps = process.coarse(settings["coarse"]["stride"], active(process))
     net = Controlled(problem.mixture, problem.label.num_classes, seed=problem.seed)
     optimizer = torch.optim.AdamW(
         net.parameters(), settings["learning_rate"], tuple(settings["betas"]), weight_decay=settings["weight_decay"]
     )
     size, num_updates = settings["batch_size"], settings["num_updates"]
-    coarse = int(0.8 * num_updates)  # what a quarter of the steps teaches, at a quarter of the price, holds for all of them but for little
 
     def gradient(update: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(problem.seed * 1_000_003 + update)
         y = torch.randint(problem.label.num_classes, (size,), generator=generator)
-        figures = loss(processes[update >= coarse], net, y, generator, 1 / size)
+        figures = loss(long_steps if update / num_updates < settings["coarse"]["end"] else process, net, y, generator, 1 / size)
         return {key: figures[key].mean().item() for key in ("log_prob", "kl_nats") if key in figures} | {
             "var_log_w": within_cell_variance(figures["log_w"], y.tolist()) if "log_w" in figures else math.nan
         }

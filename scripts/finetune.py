@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -84,7 +83,8 @@ def main() -> None:
             "effective_gamma": amounts_to,
             "finetune": settings,
             "train_seconds": round(sum(row["seconds"] for row in history), 1),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_memory_mb": round(base.peak_memory_mb(), 1),
+            "device": base.device_name,
             "unet_passes": {way: sum(row[f"unet_{way}"] for row in history) for way in ("forward", "backward")},
             "last": history[-1],
         }

@@ -1,7 +1,6 @@
 """Draw images by one method of config/methods.tsv: a folder of PNGs with a table of prompts, labels, seeds and costs."""
 
 import argparse
-import resource
 from pathlib import Path
 
 import pandas as pd
@@ -105,8 +104,7 @@ def main() -> None:
                 bar.update(len(table))
             samples = pd.concat(tables, ignore_index=True)
             write_parquet(folder / "samples.parquet", samples)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(peak, 1)}
+            info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
             if method["family"] == "finetune":
                 info |= figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)

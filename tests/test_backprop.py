@@ -141,8 +141,8 @@ def test_effective_gamma_of_the_published_recipe():
 
 
 def test_annealing_is_geometric():
-    assert [annealed(u, 4.0, 0, 10) for u in (0, 5, 10, 99)] == pytest.approx([4.0, 2.0, 1.0, 1.0])
-    assert [annealed(u, 4.0, 6, 10) for u in (0, 6, 8, 10)] == pytest.approx([4.0, 4.0, 2.0, 1.0])
+    assert [annealed(u, 4.0, 0, 0.5) for u in (0, 0.25, 0.5, 0.9)] == pytest.approx([4.0, 2.0, 1.0, 1.0])
+    assert [annealed(u, 4.0, 0.6, 1) for u in (0, 0.6, 0.8, 1)] == pytest.approx([4.0, 4.0, 2.0, 1.0])
     assert annealed(0, 4.0, 0, 0) == 1.0
 
 

@@ -86,3 +86,13 @@ def test_memoryless_chain_of_the_exact_denoiser_reaches_the_data(scheduler):
         x = process.step(i, x, eps, torch.randn_like(x))
     assert x.mean().item() == pytest.approx(m, abs=0.03)
     assert x.var().item() == pytest.approx(v, rel=0.06)
+
+
+def test_coarse_keeps_the_levels_that_stay_and_every_step_that_is_not_active():
+    process = Process.from_alphas(torch.linspace(0.99, 0.01, 100), torch.arange(90, -1, -10), 1.0)
+    coarse = process.coarse(2, [True] * 7 + [False] * 3)
+    assert coarse.timesteps.tolist() == [90, 70, 50, 30, 20, 10, 0]
+    assert torch.equal(coarse.abar_t, process.abar_t[[0, 2, 4, 6, 7, 8, 9]])
+    assert torch.equal(coarse.abar_s, torch.cat([coarse.abar_t[1:], process.abar_s[-1:]]))
+    same = process.coarse(1, [True] * 10)
+    assert torch.equal(same.abar_t, process.abar_t) and torch.equal(same.abar_s, process.abar_s)

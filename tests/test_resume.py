@@ -25,10 +25,11 @@ from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function
 
 base = bases.load(sys.argv[1])
-process = base.process(3)
+process = base.process(4)
 control = Control(base, 2, 4, ["to_q", "to_v", "conv1"])
 config = dict(batch_size=6, micro_batch_size=3, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=[1, 3],
-              trainer="backprop", gradient_checkpointing=False, temperature=dict(start=0.8, hold=2, updates=5), max_adjoint_norm=1.0)
+              trainer="backprop", gradient_checkpointing=False, num_updates=9, coarse=dict(stride=2, end=0.5),
+              temperature=dict(start=0.8, hold=0.2, end=0.6), max_adjoint_norm=1.0)
 log_prob = lambda x_0, y, temperature: -(base.decode(x_0).mean(dim=(1, 2, 3)) - y).square() / temperature
 cells = [("coat", 0), ("coat", 1), ("bag", 1)]
 gradient = gradient_function(Task(control, process, cells, ["{{}}", "a {{}}"], 1.0, 0), log_prob, config)

@@ -38,8 +38,11 @@ def backprop(
     first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps
     loss, kl, log_ratio = 0.0, x.new_zeros(len(x)), x.new_zeros(len(x))
     for i in range(num_steps):
-        follow = (i > first).to(x.device).view(-1, *[1] * (x.ndim - 1))
-        x = torch.where(follow, x, x.detach()) if follow.any() else x.detach()
+        follow = i > first  # on the CPU: to ask a GPU would stop it
+        if not follow.any():
+            x = x.detach()
+        elif not follow.all():
+            x = torch.where(follow.to(x.device).view(-1, *[1] * (x.ndim - 1)), x, x.detach())
         if active is not None and not active[i]:
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue

@@ -21,8 +21,10 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> None:
     """Raises FloatingPointError naming the update and the first tensor that holds a NaN or an infinity."""
-    for name, tensor in named.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])  # one answer to wait for, where there is a GPU
+    for name, good in zip(tensors, finite.tolist(), strict=True):
+        if not good:
             raise FloatingPointError(
                 f"update {update}: {what} of {name} is not finite; lower the learning rates or gamma, or soften the classifier"
             )

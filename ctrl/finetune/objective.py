@@ -8,8 +8,12 @@ from torch import Tensor
 
 
 def effective_gamma(gamma: float, kl_weight: float, kl_reduction: str, num_dimensions: int) -> float:
-    """The gamma of p_gamma ∝ p_pre · p̂^gamma that a recipe amounts to: the published one averages the KL over the latent dimensions."""
-    return gamma / summed_kl_weight(kl_weight, kl_reduction, num_dimensions)
+    """The gamma of p_gamma ∝ p_pre · p̂^gamma that a recipe amounts to: the published one averages the KL over the latent dimensions.
+
+    Without a KL there is none: infinity, reward maximisation.
+    """
+    weight = summed_kl_weight(kl_weight, kl_reduction, num_dimensions)
+    return gamma / weight if weight else math.inf
 
 
 def summed_kl_weight(kl_weight: float, kl_reduction: str, num_dimensions: int) -> float:
@@ -17,11 +21,11 @@ def summed_kl_weight(kl_weight: float, kl_reduction: str, num_dimensions: int) -
     return kl_weight / num_dimensions if kl_reduction == "mean" else kl_weight
 
 
-def annealed(update: int, start: float, hold: int, num_updates: int) -> float:
-    """Factor on the classifier's temperature: `start` for `hold` updates, then geometric down to 1 at `num_updates`, then 1."""
-    if update >= num_updates:
+def annealed(done: float, start: float, hold: float, end: float) -> float:
+    """Factor on the classifier's temperature after a share `done` of the updates: `start` up to `hold`, then geometric to 1 at `end`."""
+    if done >= end:
         return 1.0
-    return math.exp(math.log(start) * (1 - max(update - hold, 0) / (num_updates - hold)))
+    return math.exp(math.log(start) * (1 - max(done - hold, 0) / (end - hold)))
 
 
 def learning_rate_factor(update: int, num_updates: int, warmup: int, decay: str) -> float:

@@ -55,7 +55,9 @@ def train(
 
 def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`."""
-    control, process, guidance_scale = task.control, task.process, task.guidance_scale
+    control, guidance_scale = task.control, task.guidance_scale
+    # What longer steps teach holds for the sampler's own but for little, and costs less.
+    long_steps = task.process.coarse(config["coarse"]["stride"], control.active(task.process))
     size, micro = config["batch_size"], config["micro_batch_size"]
     shape = control.base.latent_shape
     kl_weight = summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(shape).numel())
@@ -67,6 +69,8 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     def gradient(update: int) -> dict[str, float]:
         passes = control.base.passes
         before = passes.forward, passes.backward
+        done = update / config["num_updates"]
+        process = long_steps if done < config["coarse"]["end"] else task.process
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
         prompts, subjects, labels = draw(task.cells, task.templates, size, generator)
         seeds = torch.randint(2**62, (size,), generator=generator)
@@ -74,7 +78,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         if config["truncation"]:
             low, high = config["truncation"]
             cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)}
-        temperature = annealed(update, start, softening["hold"], softening["updates"])
+        temperature = annealed(done, start, softening["hold"], softening["end"])
         parts = []
         for part in torch.arange(size).split(micro):
             chosen, y = [prompts[k] for k in part], labels[part].to(control.base.device)
