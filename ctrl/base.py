@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from ctrl.errors import UserError
-from ctrl.process import Denoiser, Process
+from ctrl.process import Denoiser, Process, quadratic_timesteps
 
 
 @dataclass
@@ -57,9 +57,15 @@ class Base:
         config = self.pipe.unet.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
-    def process(self, num_steps: int, eta: float = 1.0) -> Process:
-        """The reverse process on `num_steps` of the training steps, spaced as the folder's scheduler says."""
+    def process(self, num_steps: int, eta: float = 1.0, spacing: str = "scheduler") -> Process:
+        """The reverse process on `num_steps` of the training steps, spaced as the folder's scheduler says, or `quadratic`.
+
+        The last quadratic step goes all the way to an image without noise: diffusers' DDPM, which takes any timesteps, does that.
+        """
         scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        if spacing == "quadratic":
+            timesteps = quadratic_timesteps(num_steps, len(scheduler.alphas_cumprod))
+            return Process.from_alphas(scheduler.alphas_cumprod, timesteps, 1.0, eta)
         scheduler.set_timesteps(num_steps)
         return Process.from_alphas(scheduler.alphas_cumprod, scheduler.timesteps.cpu(), float(scheduler.final_alpha_cumprod), eta)
 

@@ -49,6 +49,8 @@ def check_across(config: dict, where: str = "config") -> None:
     dataset, finetune, num_steps = config["dataset"], config["finetune"], config["sampler"]["num_steps"]
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
+    if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:
+        raise UserError(f"{where}: sampler.eta is {config['sampler']['eta']}; with sampler.spacing quadratic it must be 1")
     if finetune["truncation"] and finetune["truncation"][1] > num_steps:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):

@@ -167,7 +167,10 @@ def load(base: Base, folder: str | Path) -> Control:
 
 
 def describe(control: Control, base_path: str, sampler: dict, label_names: Sequence[str], extra: dict) -> dict:
-    """What adapter.json holds: how to load and to sample, and what the adapter was made for."""
+    """What adapter.json holds: how to load and to sample, and what the adapter was made for.
+
+    `sampler` is the config's section with the `timesteps` that it amounts to.
+    """
     return {
         "base": str(base_path),
         "base_fingerprint": control.base.fingerprint(),
@@ -175,6 +178,6 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
         **control.settings,
         "null_label": control.null,
         "label_names": list(label_names),
-        "sampler": {key: sampler[key] for key in ("num_steps", "eta", "guidance_scale")},
+        "sampler": {key: sampler[key] for key in ("num_steps", "spacing", "timesteps", "eta", "guidance_scale")},
         **json.loads(json.dumps(extra)),
     }

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 
@@ -33,7 +33,10 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         embedding = torch.nn.Embedding(*weight.shape, padding_idx=control["null_label"])
         embedding.weight.data.copy_(weight)
         self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
-        self.scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
+        quadratic = control["sampler"]["spacing"] == "quadratic"
+        spaced = {"variance_type": "fixed_small"} if quadratic else {}
+        self.scheduler = (DDPMScheduler if quadratic else DDIMScheduler).from_config(self.scheduler.config, **spaced)
         self.control = control
         return self
 
@@ -88,6 +91,10 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
         sampler = self.control["sampler"]
-        settings = {"num_inference_steps": sampler["num_steps"], "eta": sampler["eta"], "guidance_scale": sampler["guidance_scale"]}
+        settings = {"eta": sampler["eta"], "guidance_scale": sampler["guidance_scale"]}
+        if sampler["spacing"] == "quadratic" and "num_inference_steps" not in kwargs:
+            settings["timesteps"] = sampler["timesteps"]
+        else:
+            settings["num_inference_steps"] = sampler["num_steps"]
         with self.conditioned(labels, strength):
             return super().__call__(prompts, num_images_per_prompt=num_images_per_prompt, **settings | kwargs)

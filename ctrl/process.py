@@ -7,6 +7,8 @@ Step `i` of `N` goes from training timestep `t = timesteps[i]` to the next earli
     mu      = sqrt(ᾱ_s) x̂_0 + sqrt(1 − ᾱ_s − sigma_t²) eps
     x_s     ~ N(mu, sigma_t² I)
 
+With eta = 1 this is DDPM (Ho et al., NeurIPS 2020, arXiv 2006.11239) on the same timesteps.
+
 A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *) and `i` the index of the step.
 """
 
@@ -17,6 +19,17 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, int], Tensor]
+
+
+def quadratic_timesteps(num_steps: int, num_train: int = 1000) -> Tensor:
+    """`num_steps` distinct timesteps in proportion to (1 − i/N)², from the noisiest on, with shape (N,).
+
+    A controlled step is a Gaussian as wide as the pretrained one, so that what a step does to an image's label can only be as precise as
+    the noise that it adds. Short steps where little noise is left let the control come near the exact law with few steps.
+    """
+    i = torch.arange(num_steps)
+    t = (num_train * (1 - i / num_steps).square()).round().long() - 1
+    return torch.maximum(t, num_steps - 1 - i)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,11 @@ class Process:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def lowest_noisy_timestep(self) -> int:
+        """Of the last step that adds noise: below it there is no density, and nothing that a KL could weigh."""
+        return min(int(t) for i, t in enumerate(self.timesteps) if self.sigma(i) > 0)
 
     def coarse(self, stride: int, active: Sequence[bool]) -> "Process":
         """The same way down in longer steps: every `stride`-th of the `active` steps, and each of the others.

@@ -47,7 +47,8 @@ def main() -> None:
     space = Categorical.from_report(read_json(args.dataset / "report.json"))
     space.check([y for _, y in cells])
     lora = settings["lora"]
-    control = controls.Control(base, space.num_classes, lora["rank"], lora["target_modules"], config["seed"], settings["min_timestep"])
+    min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
+    control = controls.Control(base, space.num_classes, lora["rank"], lora["target_modules"], config["seed"], min_timestep)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
         f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",
@@ -88,7 +89,9 @@ def main() -> None:
             "unet_passes": {way: sum(row[f"unet_{way}"] for row in history) for way in ("forward", "backward")},
             "last": history[-1],
         }
-        described = controls.describe(control, config["base"]["path"], sampler, space.names, figures)
+        described = controls.describe(
+            control, config["base"]["path"], sampler | {"timesteps": process.timesteps.tolist()}, space.names, figures
+        )
         write_adapter(control, args.output, described, templates["train"][0].format(cells[0][0]))
         check_in_plain_diffusers(control, process, args.output, described, cells, templates["train"])
         loop.discard_checkpoint(args.output)

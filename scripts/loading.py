@@ -26,7 +26,8 @@ def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Proce
         torch.set_num_threads(num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = base_models.load(config["base"]["path"], config["base"]["revision"], config["base"]["dtype"], device)
-    return base, base.process(config["sampler"]["num_steps"], config["sampler"]["eta"])
+    sampler = config["sampler"]
+    return base, base.process(sampler["num_steps"], sampler["eta"], sampler["spacing"])
 
 
 def load_method(name: str, path: Path) -> pd.Series:

@@ -20,13 +20,18 @@ CELLS = [("coat", 0), ("bag", 2)]
 SAMPLER = {"num_steps": 4, "eta": 1.0, "guidance_scale": 2.0}
 
 
-@pytest.fixture
-def process(base):
-    return base.process(4)
+@pytest.fixture(params=["scheduler", "quadratic"])
+def spacing(request):
+    return request.param
 
 
 @pytest.fixture
-def adapter(tiny_sd, control, tmp_path):
+def process(base, spacing):
+    return base.process(4, 1.0, spacing)
+
+
+@pytest.fixture
+def adapter(tiny_sd, control, tmp_path, process, spacing):
     """A scrambled control in its folder, and what adapter.json says."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -36,7 +41,7 @@ def adapter(tiny_sd, control, tmp_path):
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
     settings = {"num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
     extra = {"name": "ctrl", "gamma": 1.0, "train_seconds": 2.0, "device": "cpu", "last": last, "finetune": settings}
-    described = controls.describe(control, str(tiny_sd), SAMPLER, ["a", "b", "c"], extra)
+    described = controls.describe(control, str(tiny_sd), SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}, ["a", "b", "c"], extra)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(control, folder, described, "coat")

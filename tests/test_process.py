@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
-from ctrl.process import Process
+from ctrl.process import Process, quadratic_timesteps
 
 
 @pytest.fixture
@@ -96,3 +96,23 @@ def test_coarse_keeps_the_levels_that_stay_and_every_step_that_is_not_active():
     assert torch.equal(coarse.abar_s, torch.cat([coarse.abar_t[1:], process.abar_s[-1:]]))
     same = process.coarse(1, [True] * 10)
     assert torch.equal(same.abar_t, process.abar_t) and torch.equal(same.abar_s, process.abar_s)
+
+
+def test_quadratic_steps_are_distinct_and_shorten():
+    assert quadratic_timesteps(10).tolist() == [999, 809, 639, 489, 359, 249, 159, 89, 39, 9]
+    for num_steps in (1, 2, 3, 31, 32, 50, 200, 999, 1000):
+        timesteps = quadratic_timesteps(num_steps)
+        assert (timesteps.diff() < 0).all() and timesteps[0] == 999 and timesteps[-1] >= 0
+
+
+def test_quadratic_steps_are_those_of_ddpm(base):
+    """DDIM with eta 1 is DDPM, which diffusers runs on any timesteps."""
+    process = base.process(6, 1.0, "quadratic")
+    ddpm = DDPMScheduler.from_config(base.pipe.scheduler.config, variance_type="fixed_small")
+    ddpm.set_timesteps(timesteps=process.timesteps.tolist())
+    x, eps = torch.randn(2, 2, 4, 4, 4)
+    for i, t in enumerate(ddpm.timesteps):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        theirs = ddpm.step(eps, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+        assert torch.allclose(process.step(i, x, eps, noise), theirs, atol=2e-5), i
+    assert process.sigma(5) == 0 and process.lowest_noisy_timestep == process.timesteps[4]
