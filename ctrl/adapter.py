@@ -44,8 +44,9 @@ images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
 `load_lora_weights` in any Stable Diffusion pipeline.
 
 ## Training
-{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s ({device}); at the end log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats,
-accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
+{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s ({device}); at the end
+log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats, accuracy by the oracle on a fixed probe of
+{probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
 
 ## Limits
 Made for the base with the fingerprint {base_fingerprint}, and for the sampler in adapter.json: {sampler}.

@@ -13,7 +13,7 @@ from ctrl.base import Base
 from ctrl.errors import UserError
 from ctrl.evaluation import score_images
 from ctrl.features import GarmentNet, compute
-from ctrl.generate import generate
+from ctrl.generate import denoised, generate
 
 STAGES = {
     "vae": "autoencoder",
@@ -110,7 +110,8 @@ def draw_samples(
     rows = pd.DataFrame({"subject": [subjects[k % len(subjects)] for k in number], "seed": seed * 10_000_000 + number, "label": -1})
     rows["prompt"] = [templates[(k // len(subjects)) % len(templates)].format(s) for k, s in zip(number, rows["subject"], strict=True)]
     process = base.process(num_steps, eta)
-    parts = list(generate(base, process, rows, lambda prompts, _: base.denoiser(process, prompts, guidance_scale), batch_size))
+    draw = denoised(base, process, lambda prompts, _: base.denoiser(process, prompts, guidance_scale))
+    parts = list(generate(base, rows, draw, batch_size))
     return torch.cat([to_bytes(images) for images, _ in parts]), pd.concat([table for _, table in parts], ignore_index=True)
 
 

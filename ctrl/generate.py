@@ -14,22 +14,26 @@ from ctrl.finetune.objective import within_cell_variance
 from ctrl.process import Denoiser, Process
 from ctrl.sampling import noise_of, path_statistics, sample
 
-MakeDenoiser = Callable[[list[str], Tensor], Denoiser]
+MakeDenoiser = Callable[[list[str], Tensor], Denoiser]  # prompts, labels with shape (B,)
+Draw = Callable[[list[str], Tensor, Sequence[int]], Tensor]  # prompts, labels, seeds -> x_0 with shape (B, *)
 
 
-def generate(
-    base: Base, process: Process, rows: pd.DataFrame, make_denoiser: MakeDenoiser, batch_size: int
-) -> Iterator[tuple[Tensor, pd.DataFrame]]:
+def denoised(base: Base, process: Process, make_denoiser: MakeDenoiser) -> Draw:
+    """The common sampling loop, of whatever `make_denoiser` makes."""
+    return lambda prompts, labels, seeds: sample(
+        process, make_denoiser(prompts, labels), noise_of(seeds, base.latent_shape, process.num_steps, base.device)
+    )
+
+
+def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Iterator[tuple[Tensor, pd.DataFrame]]:
     """Yields batches of images in [-1, 1] with shape (B, 3, H, W), with their rows and the columns nfe_forward, nfe_backward, seconds.
 
-    `make_denoiser` takes prompts and labels with shape (B,). Images and noise of the rows depend on nothing but the row.
+    An image depends on its row and on nothing else.
     """
     for start in range(0, len(rows), batch_size):
         batch = rows.iloc[start : start + batch_size]
         started, forward, backward = time.perf_counter(), base.passes.forward, base.passes.backward
-        noise = noise_of(batch["seed"], base.latent_shape, process.num_steps, base.device)
-        denoiser = make_denoiser(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()))
-        x_0 = sample(process, denoiser, noise)
+        x_0 = draw(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()), batch["seed"].tolist())
         with torch.no_grad():
             images = base.decode(x_0).clamp(-1, 1)
         n = len(batch)
@@ -42,7 +46,7 @@ def generate(
 
 
 def reject(
-    base: Base, process: Process, rows: pd.DataFrame, make_denoiser: MakeDenoiser, batch_size: int,
+    base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int,
     label_of: Callable[[Tensor], Sequence[int]], first_seed: int, max_draws: int = 20_000,
 ) -> Iterator[tuple[Tensor, pd.DataFrame]]:  # fmt: skip
     """Exact conditional samples: draws from the pretrained model until the oracle (`label_of` images) says the row's label.
@@ -65,7 +69,7 @@ def reject(
                 )
             seeds = range(first_seed + number * max_draws + block * batch_size, first_seed + number * max_draws + (block + 1) * batch_size)
             draws = pd.DataFrame({"prompt": [prompts[s % len(prompts)] for s in seeds], "label": -1, "seed": seeds})
-            images, draws = next(generate(base, process, draws, make_denoiser, batch_size))
+            images, draws = next(generate(base, draws, draw, batch_size))
             taken, accepted = [], []
             for k, y in enumerate(label_of(images)):
                 for spent in cost.values():

@@ -167,7 +167,9 @@ def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: d
         losses.append(loss.detach())
         if (step + 1) % 100 == 0 or step + 1 == num_steps:
             if not math.isfinite(mean := torch.stack(losses).mean().item()):  # asked for rarely: the answer waits for the GPU
-                raise FloatingPointError(f"{label}: the loss is {mean} before step {step + 1}; lower learning_rate ({config['learning_rate']})")
+                raise FloatingPointError(
+                    f"{label}: the loss is {mean} at step {step + 1}; lower learning_rate, now {config['learning_rate']}"
+                )
             if log:
                 log({"stage": label, "step": step + 1, "loss": mean, "seconds": time.monotonic() - started})
             losses = []

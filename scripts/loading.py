@@ -1,6 +1,7 @@
 """From the configuration and files to the objects of the library: what several scripts load alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,21 @@ from ctrl import classifier as classifiers
 from ctrl.base import Base
 from ctrl.control import Control
 from ctrl.errors import UserError
-from ctrl.generate import MakeDenoiser
+from ctrl.generate import Draw, MakeDenoiser
+from ctrl.guidance.mpgd import mpgd
+from ctrl.guidance.particles import smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.io import read_json
 from ctrl.oracles import get_oracle, score_to_label, to_pil
 from ctrl.process import Process
+from ctrl.sampling import noise_of
+
+# The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
+GUIDANCE = {
+    "reconstruction_guidance": reconstruction_guidance,
+    "reconstruction_guidance_constant": partial(reconstruction_guidance, weighting="constant"),
+    "mpgd": mpgd,
+}
 
 
 def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Process]:
@@ -66,10 +77,31 @@ def adapter_denoiser(control: Control, process: Process, config: dict, strength:
     return lambda prompts, labels: control.denoiser(process, prompts, labels, scale, strength)
 
 
-def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float) -> MakeDenoiser:
-    """The pretrained model under reconstruction guidance."""
+def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float, guidance: str) -> MakeDenoiser:
+    """The pretrained model under one of GUIDANCE."""
     log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
     pretrained = pretrained_denoiser(base, process, config)
-    return lambda prompts, labels: reconstruction_guidance(
+    return lambda prompts, labels: GUIDANCE[guidance](
         pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale
     )
+
+
+def particle_draw(base: Base, process: Process, config: dict, classifier: Path, method: str) -> Draw:
+    """`smc` or `svdd`, with `particles` of the config for each image; particle 0 of an image has its seed, the others seeds behind all."""
+    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
+    pretrained = pretrained_denoiser(base, process, config)
+    num, gamma = config["particles"], config["finetune"]["gamma"]
+
+    def draw(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        images = []
+        for prompt, y, seed in zip(prompts, labels, seeds, strict=True):  # an image at a time: it depends on its seed alone
+            noise = noise_of([seed + k * 10**10 for k in range(num)], base.latent_shape, process.num_steps, base.device)
+            many = y.expand(num).to(base.device)
+            settings = process, pretrained([prompt] * num, many), lambda x_0, many=many: log_prob(x_0, many), noise, num
+            if method == "svdd":
+                images.append(svdd(*settings))
+            else:
+                images.append(smc(*settings, gamma, torch.Generator().manual_seed(seed))[0])
+        return torch.cat(images)
+
+    return draw

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ctrl import classifier as classifiers
 from ctrl import control as controls
 from ctrl import errors
-from ctrl.generate import generate, path_figures, reject
+from ctrl.generate import denoised, generate, path_figures, reject
 from ctrl.io import atomic_folder, read_json, write_json, write_parquet
 from ctrl.oracles import to_pil
 from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
@@ -23,6 +23,7 @@ from scripts.loading import (
     load_method,
     load_oracle,
     log_prob_of_latents,
+    particle_draw,
     pretrained_denoiser,
 )
 
@@ -68,7 +69,12 @@ def main() -> None:
     args = parse()
     config = load_config(args)
     method = load_method(args.method, args.methods)
-    needs = {"finetune": ["adapter"], "guidance": ["classifier", "tuning"], "rejection": ["dataset", "cells"]}.get(method["family"], [])
+    needs = {
+        "finetune": ["adapter"],
+        "guidance": ["classifier", "tuning"],
+        "particles": ["classifier"],
+        "rejection": ["dataset", "cells"],
+    }.get(method["family"], [])
     if missing := [f"--{name}" for name in needs if getattr(args, name) is None]:
         raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
     base, process = load_base(config, args.num_threads)
@@ -84,13 +90,17 @@ def main() -> None:
         control = controls.load(base, args.adapter).merge()
         make_denoiser = adapter_denoiser(control, process, config, strength)
     elif method["family"] == "guidance":
-        make_denoiser = guidance_denoiser(base, process, config, args.classifier, read_json(args.tuning)["best"]["scale"])
+        scale = read_json(args.tuning)["best"]["scale"]
+        make_denoiser = guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"])
     else:
         make_denoiser = pretrained_denoiser(base, process, config)
+    draw = denoised(base, process, make_denoiser)
+    if method["family"] == "particles":
+        draw = particle_draw(base, process, config, args.classifier, method["guidance"])
     if method["family"] == "rejection":
-        batches = reject(base, process, rows, make_denoiser, batch_size, load_oracle(args.dataset), first_seed)
+        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed)
     else:
-        batches = generate(base, process, rows, make_denoiser, batch_size)
+        batches = generate(base, rows, draw, batch_size)
 
     with run(config, config["experiment"], f"sample {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ctrl import errors, features
 from ctrl.evaluation import Samples, evaluate, load_samples, score_images, values_of
 from ctrl.figures import tuning_sweep
-from ctrl.generate import generate
+from ctrl.generate import denoised, generate
 from ctrl.io import read_json, write_json
 from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
 from ctrl.tracking import run
@@ -44,8 +44,8 @@ def main() -> None:
     sweep = []
     with run(config, config["experiment"], f"tune {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         for scale in tqdm(config["tuning"][args.method]["scale"], desc=f"tuning {args.method}", unit="scale"):
-            make_denoiser = guidance_denoiser(base, process, config, args.classifier, scale)
-            images, tables = zip(*generate(base, process, rows, make_denoiser, config["sampler"]["batch_size"]), strict=True)
+            draw = denoised(base, process, guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"]))
+            images, tables = zip(*generate(base, rows, draw, config["sampler"]["batch_size"]), strict=True)
             pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
             table = pd.concat(tables).assign(file_name="", score=score_images(pixels, report["oracle"]))
             samples = Samples(args.output, table, pixels, {})

@@ -41,7 +41,8 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
     settings = {"num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
     extra = {"name": "ctrl", "gamma": 1.0, "train_seconds": 2.0, "device": "cpu", "last": last, "finetune": settings}
-    described = controls.describe(control, str(tiny_sd), SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}, ["a", "b", "c"], extra)
+    sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
+    described = controls.describe(control, str(tiny_sd), sampler, ["a", "b", "c"], extra)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(control, folder, described, "coat")

@@ -86,7 +86,7 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune: {trainer: adjoint, kl_weight: 0}", "finetune.trainer is adjoint; it takes no truncation"),
         ("finetune: {trainer: adjoints}", "one of backprop, adjoint"),
         ("finetune: {truncation: [1, 1001]}", "sampler.num_steps has only"),
-        ("sampler: {eta: 0.5}", "with sampler.spacing quadratic it must be 1"),
+        ("sampler: {spacing: quadratic, eta: 0.5}", "with sampler.spacing quadratic it must be 1"),
         ("finetune: {temperature: {hold: 0.9}}", "must not be above its end"),
         ("finetune: {micro_batch_size: 48}", "it must divide finetune.batch_size"),
         ("prompts: {templates: {test: [no place]}}", "prompts.templates.test.0 is no place; it must be a text with one {}"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ctrl.errors import UserError
-from ctrl.generate import generate, path_figures, reject
+from ctrl.generate import denoised, generate, path_figures, reject
 from ctrl.sampling import noise_of, path_statistics, sample
 
 
@@ -22,7 +22,7 @@ ROWS = rows_of(("coat", "coat", 0, 5), ("a bag", "bag", 1, 6), ("bag", "bag", 0,
 
 
 def pretrained(base, process):
-    return lambda prompts, labels: base.denoiser(process, prompts)
+    return denoised(base, process, lambda prompts, labels: base.denoiser(process, prompts))
 
 
 def test_noise_depends_on_the_seed_alone():
@@ -32,13 +32,13 @@ def test_noise_depends_on_the_seed_alone():
 
 
 def test_images_do_not_depend_on_their_batch(base, process):
-    one, all_ = (torch.cat([i for i, _ in generate(base, process, ROWS, pretrained(base, process), size)]) for size in (1, 3))
+    one, all_ = (torch.cat([i for i, _ in generate(base, ROWS, pretrained(base, process), size)]) for size in (1, 3))
     assert one.shape == (3, 3, 16, 16)
     assert ((one - all_).abs() * 127.5).max() < 0.01, "far below a grey level"
 
 
 def test_costs_are_per_image(base, process):
-    _, table = next(generate(base, process, ROWS, pretrained(base, process), 3))
+    _, table = next(generate(base, ROWS, pretrained(base, process), 3))
     assert (table["nfe_forward"] == 3).all() and (table["nfe_backward"] == 0).all() and (table["seconds"] > 0).all()
 
 
@@ -53,13 +53,13 @@ THRESHOLD = 0.0
 def threshold(base, process, monkeypatch):
     """The median brightness of the random base's images, so that both labels occur."""
     rows = rows_of(*[("coat", "coat", 0, s) for s in range(40)])
-    images = torch.cat([i for i, _ in generate(base, process, rows, pretrained(base, process), 40)])
+    images = torch.cat([i for i, _ in generate(base, rows, pretrained(base, process), 40)])
     monkeypatch.setitem(globals(), "THRESHOLD", images.mean(dim=(1, 2, 3)).median().item())
 
 
 def test_rejection_gives_what_was_asked_for_and_counts_every_draw(base, process, threshold):
     rows = rows_of(*[("coat", "coat", y, 0) for y in (0, 1, 0, 1, 1)])
-    images, tables = zip(*reject(base, process, rows, pretrained(base, process), 8, brightness_label, 1000), strict=True)
+    images, tables = zip(*reject(base, rows, pretrained(base, process), 8, brightness_label, 1000), strict=True)
     table = pd.concat(tables)
     assert sorted(table["label"]) == [0, 0, 1, 1, 1]
     assert brightness_label(torch.cat(images)) == table["label"].tolist()
@@ -71,14 +71,14 @@ def test_rejection_gives_what_was_asked_for_and_counts_every_draw(base, process,
 
 def test_rejected_image_is_that_of_its_seed(base, process, threshold):
     rows = rows_of(("coat", "coat", 1, 0))
-    images, table = next(reject(base, process, rows, pretrained(base, process), 4, brightness_label, 1000))
+    images, table = next(reject(base, rows, pretrained(base, process), 4, brightness_label, 1000))
     again = sample(process, base.denoiser(process, ["coat"]), noise_of(table["seed"], base.latent_shape, 3))
     assert torch.allclose(base.decode(again).clamp(-1, 1), images, atol=1e-4)
 
 
 def test_hopeless_rejection_gives_up(base, process):
     with pytest.raises(UserError, match="16 draws of 'coat' left 1 rows of label 1"):
-        list(reject(base, process, rows_of(("coat", "coat", 1, 0)), pretrained(base, process), 8, lambda x: [0] * len(x), 0, max_draws=16))
+        list(reject(base, rows_of(("coat", "coat", 1, 0)), pretrained(base, process), 8, lambda x: [0] * len(x), 0, max_draws=16))
 
 
 def test_path_of_the_base_costs_no_nats(control, process):

@@ -58,7 +58,7 @@ wildcard_constraints:
 CORE = [f"ctrl/{name}.py" for name in ("base", "process", "sampling", "generate", "oracles", "pairs")] + ["scripts/loading.py"]
 CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
-GUIDANCE = ["ctrl/guidance/reconstruction.py", *CLASSIFIER]
+GUIDANCE = [*(f"ctrl/guidance/{name}.py" for name in ("mpgd", "particles", "reconstruction")), *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
 TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
 CODE = {
@@ -132,7 +132,7 @@ def sample_needs(wildcards) -> dict[str, str]:
     needs = {
         "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
         "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/classifier/model.safetensors",
-        "tuning": row["guidance"] and f"{RESULTS}/tuning/{row['guidance']}.json",
+        "tuning": row["family"] == "guidance" and f"{RESULTS}/tuning/{row['guidance']}.json",
         "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
     }
     return {name: path for name, path in needs.items() if path}
