@@ -29,7 +29,16 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     if config["label"]["edges"] != "quantiles":
         config["label"]["num_classes"] = len(config["label"]["edges"]) + 1
     check_across(config, where)
+    for name in config["adapters"]:
+        variant = for_adapter(config, name)
+        check(variant, schema, f"{where}, with adapters.{name} laid over finetune")
+        check_across(variant, f"{where}, with adapters.{name} laid over finetune")
     return config
+
+
+def for_adapter(config: dict, name: str) -> dict:
+    """The configuration of one adapter: what `adapters` says of it lies over the section `finetune`."""
+    return merge(config, {"finetune": config["adapters"].get(name, {})})
 
 
 def check(config: dict, schema: dict, where: str = "config") -> None:

@@ -12,6 +12,7 @@ from ctrl import classifier as classifiers
 from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.config import for_adapter
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Task, train
@@ -25,7 +26,9 @@ from scripts.loading import load_base, load_cells, load_oracle, log_prob_of_late
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_argument(parser)
-    parser.add_argument("--name", default="ctrl", help="name of the adapter (default: %(default)s)")
+    parser.add_argument(
+        "--name", default="ctrl", help="name of the adapter; what the config's `adapters` says of it holds (default: %(default)s)"
+    )
     parser.add_argument("--gamma", type=float, help="instead of the config's finetune.gamma")
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
@@ -37,7 +40,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args, started = parse(), time.monotonic()
-    config = load_config(args)
+    config = for_adapter(load_config(args), args.name)
     settings, sampler, templates = config["finetune"], config["sampler"], config["prompts"]["templates"]
     settings["gamma"] = settings["gamma"] if args.gamma is None else args.gamma
     if not settings["gamma"] > 0:

@@ -14,7 +14,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check, resolve
+from ctrl.config import UserError, check, for_adapter, resolve
 
 
 def read_methods(path: str) -> dict[str, dict]:
@@ -117,7 +117,7 @@ def sweep_adapters() -> list[str]:
 
 def gamma_of(adapter: str) -> float:
     """`ctrl_gamma3` is trained with gamma 3, every other adapter with the configured one."""
-    return float(adapter.removeprefix("ctrl_gamma")) if adapter.startswith("ctrl_gamma") else config["finetune"]["gamma"]
+    return float(adapter.removeprefix("ctrl_gamma")) if adapter.startswith("ctrl_gamma") else for_adapter(config, adapter)["finetune"]["gamma"]
 
 
 def row_of(name: str) -> dict:

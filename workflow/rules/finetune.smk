@@ -31,6 +31,7 @@ rule finetune:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.templates.train", "finetune"),
         gamma=lambda wildcards: gamma_of(wildcards.adapter),
+        differs=lambda wildcards: config["adapters"].get(wildcards.adapter),
         classifier="results/{experiment}/classifier",
         dataset="results/{experiment}/dataset",
         output="results/{experiment}/adapters/{adapter}",
