@@ -117,7 +117,7 @@ def sweep_adapters() -> list[str]:
 
 def gamma_of(adapter: str) -> float:
     """`ctrl_gamma3` is trained with gamma 3, every other adapter with the configured one."""
-    return float(adapter.removeprefix("ctrl_gamma")) if adapter.startswith("ctrl_gamma") else for_adapter(config, adapter)["finetune"]["gamma"]
+    return float(adapter[len("ctrl_gamma") :]) if "ctrl_gamma" in adapter else for_adapter(config, adapter)["finetune"]["gamma"]
 
 
 def row_of(name: str) -> dict:
