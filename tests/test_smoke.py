@@ -129,8 +129,17 @@ def test_report(repository, results):
         assert name in text
 
 
-def test_sweep_of_gamma(repository, results):
-    done = snakemake(repository, "sweep", *ARGUMENTS, timeout=900)
+def test_the_long_run(repository, results):
+    """Every row of the table of methods, and the sweep."""
+    done = snakemake(repository, "paper", *ARGUMENTS, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]
     assert (results / "figures" / "gamma_sweep.png").is_file()
-    assert json.loads((results / "adapters" / "ctrl_gamma1" / "adapter.json").read_text())["gamma"] == 1
+    adapters = {path.parent.name: json.loads(path.read_text()) for path in (results / "adapters").glob("*/adapter.json")}
+    assert adapters["ctrl_gamma1"]["gamma"] == 1
+    assert adapters["ctrl_adjoint"]["finetune"]["trainer"] == "adjoint" and adapters["reward_maximization"]["finetune"]["kl_weight"] == 0
+    rows = {row["method"]: row for row in csv.DictReader((results / "tables" / "paper.csv").open())}
+    listed = (line.split("\t")[0] for line in (repository / "config" / "methods.tsv").read_text().splitlines()[1:])
+    assert list(rows) == list(listed)
+    steps = float(rows["pretrained"]["nfe_forward"])
+    assert float(rows["mpgd"]["nfe_forward"]) == steps and float(rows["mpgd"]["nfe_backward"]) == 0
+    assert float(rows["smc"]["nfe_forward"]) == float(rows["svdd"]["nfe_forward"]) == 2 * steps, "two particles an image"
