@@ -63,7 +63,7 @@ By `scripts/pretrain.py` with `config/pretrain.yaml` (seed {seed}) on the {num_t
 [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (MIT licence), padded with black to {image_size} pixels. The prompt is a
 garment's name in one of {num_templates} templates, dropped for {prompt_dropout:.0%} of the images. Updates of {batch} images:
 {updates}. {distilled}The losses are in history.jsonl. The test images took no part.
-
+{notes}
 ## Limits
 It knows the words of its templates and nothing else. Pictures are grey, on black.
 """
@@ -181,8 +181,11 @@ def check(
     return result, *first
 
 
-def model_card(quality: dict, path: str, settings: dict) -> str:
-    """The README.md of the base: CARD with the figures of `check`, and the constants of `settings` (config/pretrain.yaml) in its text."""
+def model_card(quality: dict, path: str, settings: dict, notes: str = "") -> str:
+    """The README.md of the base: CARD with the figures of `check`, and the constants of `settings` (config/pretrain.yaml) in its text.
+
+    `notes` is what no figure and no constant says of the training.
+    """
     vae, drawn = quality["autoencoder"], quality["samples"]
     rows = [
         (
@@ -210,7 +213,7 @@ def model_card(quality: dict, path: str, settings: dict) -> str:
         prompts=", ".join(f'"{p}"' for p in quality["prompts"]), autoencoder=autoencoder, samples=samples,
         real_agreement=drawn[0]["real_agreement"], num_test=quality["num_test"], num_train=quality["num_train"], seed=settings["seed"],
         num_templates=len(settings["prompts"]), prompt_dropout=settings["unet"]["prompt_dropout"],
-        batch=settings["unet"]["batch_size"],
+        batch=settings["unet"]["batch_size"], notes=notes,
         distilled=DISTILLED.format(scale=settings["guidance"]["guidance_scale"]) if "guidance" in settings else "",
         updates=", ".join(f"{settings[stage]['num_steps']:,} for the {name}" for stage, name in STAGES.items() if stage in settings),
     )  # fmt: skip

@@ -46,7 +46,8 @@ def main() -> None:
     rows = [samples[torch.tensor((table["subject"] == s).tolist())][:12] for s in network.subjects]
     title = f"{args.num_steps[0]} steps, guidance {args.guidance_scale:g}: the first samples"
     figures.prompts_grid(rows, network.subjects, title, args.output / "samples.png")
-    write_text(args.output / "README.md", base_quality.model_card(quality, str(args.base), settings))
+    notes = (args.base / "notes.md").read_text() if (args.base / "notes.md").exists() else ""
+    write_text(args.output / "README.md", base_quality.model_card(quality, str(args.base), settings, notes))
     first = quality["samples"][0]
     print(
         f"{args.output}: agreement {first['agreement']['value']:.3f}, quartile ratios {[round(r, 3) for r in first['quartile_ratios']]}, ",
