@@ -26,7 +26,7 @@ tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, diffusers, l
 ---
 # {name}: a label for {base}
 
-LoRA and label embedding trained by CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {gamma:g}.
+LoRA and label embedding trained by {trained}.
 
 | label | meaning |
 |---|---|
@@ -44,9 +44,8 @@ images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
 `load_lora_weights` in any Stable Diffusion pipeline.
 
 ## Training
-{updates} updates of {batch_size} trajectories in {train_seconds:.0f} s ({device}); at the end
-log p = {log_prob:.3f} nats, KL = {kl_nats:.3f} nats, accuracy by the oracle on a fixed probe of
-{probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
+{updates} updates of {batch_size} images in {train_seconds:.0f} s ({device}){outcome}.
+Accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}. Every update is in history.jsonl, all settings in adapter.json.
 
 ## Limits
 Made for the base with the fingerprint {base_fingerprint}, and for the sampler in adapter.json: {sampler}.
@@ -73,9 +72,14 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
     control.save(folder)
     last, settings = described["last"], described["finetune"]
     labels = "\n".join(f"| {y} | {name} |" for y, name in enumerate(described["label_names"]))
+    if settings["trainer"] == "supervised":
+        trained, outcome = "denoising labelled images, some without their label, for classifier-free guidance (Ho & Salimans 2022)", ""
+    else:
+        trained = f"CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {described['gamma']:g}"
+        outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
     card = CARD.format(
         **described | {"labels": labels, "folder": folder, "prompt": prompt},
-        updates=settings["num_updates"], batch_size=settings["batch_size"], log_prob=last["log_prob"], kl_nats=last["kl_nats"],
+        updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
     )  # fmt: skip
     write_text(folder / "README.md", card)

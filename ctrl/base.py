@@ -123,6 +123,13 @@ class Base:
         vae = self.pipe.vae
         return vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].to(x_0.dtype)
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Latents with shape (N, C, h, w) of images in [-1, 1] with shape (N, 3, H, W): the posterior's mean, scaled."""
+        vae = self.pipe.vae
+        parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mean for part in images.split(batch_size)]
+        return torch.cat(parts).float() * vae.config.scaling_factor
+
     def fingerprint(self) -> str:
         """Short hash of the UNet's weights, the same in every precision: of the first values of each tensor, in half precision."""
         digest = hashlib.sha256()

@@ -126,6 +126,23 @@ class Control:
 
         return denoiser
 
+    def guided_denoiser(
+        self, process: Process, prompts: Sequence[str], labels: Tensor, scale: float, guidance_scale: float = 1.0
+    ) -> Denoiser:
+        """Classifier-free guidance on the label: eps_psi(∅) + scale · (eps_psi(y) − eps_psi(∅)), both in one batch (Ho & Salimans 2022)."""
+        labels = labels.to(self.base.device)
+        both = torch.cat([torch.full_like(labels, self.null), labels])
+        psi = self.base.guided(process, [*prompts, *prompts], guidance_scale, both, self.null)
+        pre, active = self.base_denoiser(process, prompts, guidance_scale), self.active(process)
+
+        def denoiser(x_t: Tensor, i: int) -> Tensor:
+            if not active[i]:
+                return pre(x_t, i)
+            free, labelled = psi(torch.cat([x_t, x_t]), i).chunk(2)
+            return free + scale * (labelled - free)
+
+        return denoiser
+
     def active(self, process: Process) -> list[bool]:
         """At which steps the control acts."""
         return [t >= self.settings["min_timestep"] for t in process.timesteps.tolist()]

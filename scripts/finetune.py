@@ -12,11 +12,13 @@ from ctrl import classifier as classifiers
 from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.base import Base
 from ctrl.config import for_adapter
+from ctrl.data import load_images
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Task, train
-from ctrl.io import read_json
+from ctrl.finetune.recipe import Examples, Task, train
+from ctrl.io import read_json, read_parquet
 from ctrl.labels import Categorical
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
@@ -36,6 +38,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter; a checkpoint in it is resumed")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
+
+
+def load_examples(base: Base, dataset: Path) -> Examples:
+    """The labelled images that the classifier was trained on, as latents."""
+    table = read_parquet(dataset / "metadata.parquet")
+    table = table[table["split"] == "train"]
+    latents = base.encode_images(load_images(table["path"]) / 127.5 - 1)
+    return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
 
 
 def main() -> None:
@@ -80,7 +90,8 @@ def main() -> None:
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
-        history = train(task, log_prob, score, settings, args.output, digest, [track])
+        examples = load_examples(base, args.dataset) if settings["trainer"] == "supervised" else None
+        history = train(task, log_prob, score, settings, args.output, digest, [track], examples)
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

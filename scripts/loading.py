@@ -77,6 +77,12 @@ def adapter_denoiser(control: Control, process: Process, config: dict, strength:
     return lambda prompts, labels: control.denoiser(process, prompts, labels, scale, strength)
 
 
+def label_guidance_denoiser(control: Control, process: Process, config: dict, scale: float) -> MakeDenoiser:
+    """Classifier-free guidance on the label, by an adapter that was trained for it."""
+    guidance_scale = config["sampler"]["guidance_scale"]
+    return lambda prompts, labels: control.guided_denoiser(process, prompts, labels, scale, guidance_scale)
+
+
 def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float, guidance: str) -> MakeDenoiser:
     """The pretrained model under one of GUIDANCE."""
     log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))

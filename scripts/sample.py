@@ -18,6 +18,7 @@ from scripts.common import add_config_argument, load_config
 from scripts.loading import (
     adapter_denoiser,
     guidance_denoiser,
+    label_guidance_denoiser,
     load_base,
     load_cells,
     load_method,
@@ -71,6 +72,7 @@ def main() -> None:
     method = load_method(args.method, args.methods)
     needs = {
         "finetune": ["adapter"],
+        "cfg": ["adapter", "tuning"],
         "guidance": ["classifier", "tuning"],
         "particles": ["classifier"],
         "rejection": ["dataset", "cells"],
@@ -89,6 +91,9 @@ def main() -> None:
         strength = float(method["strength"]) if args.strength is None else args.strength
         control = controls.load(base, args.adapter).merge()
         make_denoiser = adapter_denoiser(control, process, config, strength)
+    elif method["family"] == "cfg":
+        control = controls.load(base, args.adapter).merge()
+        make_denoiser = label_guidance_denoiser(control, process, config, read_json(args.tuning)["best"]["scale"])
     elif method["family"] == "guidance":
         scale = read_json(args.tuning)["best"]["scale"]
         make_denoiser = guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"])
@@ -115,7 +120,7 @@ def main() -> None:
             samples = pd.concat(tables, ignore_index=True)
             write_parquet(folder / "samples.parquet", samples)
             info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
-            if method["family"] == "finetune":
+            if args.adapter:
                 info |= figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)
         tracker.log_metrics({name: samples[name].mean() for name in ("nfe_forward", "nfe_backward", "seconds")}, 0)

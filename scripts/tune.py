@@ -7,15 +7,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ctrl import control as controls
 from ctrl import errors, features
 from ctrl.evaluation import Samples, evaluate, load_samples, score_images, values_of
 from ctrl.figures import tuning_sweep
-from ctrl.generate import denoised, generate
+from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
 from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import guidance_denoiser, load_base, load_cells, load_method
+from scripts.loading import guidance_denoiser, label_guidance_denoiser, load_base, load_cells, load_method
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     add_config_argument(parser)
     parser.add_argument("--method", required=True, help="a guided method of --methods, with its scales in the config's tuning section")
     parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
+    parser.add_argument("--adapter", type=Path, help="folder of the trained adapter, for cfg")
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to ask for")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, whose bins the oracle uses")
@@ -31,8 +33,8 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     config, method = load_config(args), load_method(args.method, args.methods)
-    if method["family"] != "guidance" or args.method not in config["tuning"]:
-        raise errors.UserError(f"--method: {args.method} is no guided method with a scale to tune (config key tuning.{args.method})")
+    if method["family"] not in ("guidance", "cfg") or args.method not in config["tuning"]:
+        raise errors.UserError(f"--method: {args.method} has no scale to tune (config key tuning.{args.method})")
     base, process = load_base(config, args.num_threads)
     report, network = read_json(args.dataset / "report.json"), features.load(config["evaluation"]["features"])
     reference = load_samples(args.reference, report["oracle"], report["num_classes"])
@@ -41,10 +43,18 @@ def main() -> None:
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS["val"]
     rows = table_of_cells(cells, config["prompts"]["templates"]["val"], per_label, first_seed)
 
+    if method["family"] == "cfg":
+        control = controls.load(base, args.adapter).merge()
+
+    def make_denoiser(scale: float) -> MakeDenoiser:
+        if method["family"] == "cfg":
+            return label_guidance_denoiser(control, process, config, scale)
+        return guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"])
+
     sweep = []
     with run(config, config["experiment"], f"tune {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         for scale in tqdm(config["tuning"][args.method]["scale"], desc=f"tuning {args.method}", unit="scale"):
-            draw = denoised(base, process, guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"]))
+            draw = denoised(base, process, make_denoiser(scale))
             images, tables = zip(*generate(base, rows, draw, config["sampler"]["batch_size"]), strict=True)
             pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
             table = pd.concat(tables).assign(file_name="", score=score_images(pixels, report["oracle"]))

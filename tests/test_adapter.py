@@ -39,7 +39,7 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
             p.add_(0.1 * torch.randn_like(p))
         control.base.unet.class_embedding.weight[control.null] = 0
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
-    settings = {"num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
+    settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
     extra = {"name": "ctrl", "gamma": 1.0, "train_seconds": 2.0, "device": "cpu", "last": last, "finetune": settings}
     sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
     described = controls.describe(control, str(tiny_sd), sampler, ["a", "b", "c"], extra)
@@ -78,13 +78,17 @@ def test_api_draws_what_the_sampler_draws(tiny_sd, control, process, adapter, st
     assert np.abs(stack(images) - ours(control, process, ["coat", "bag"], [0, 2], 3, strength)).max() <= 1
 
 
-def test_no_label_or_no_strength_is_the_pretrained_model(tiny_sd, control, process, adapter):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def test_no_label_or_no_strength_is_the_pretrained_model(tiny_sd, control, process, adapter, spacing):
+    from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
     plain = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    steps = {"num_inference_steps": 4}
+    if spacing == "quadratic":
+        plain.scheduler = DDPMScheduler.from_config(plain.scheduler.config, variance_type="fixed_small")
+        steps = {"timesteps": process.timesteps.tolist()}
     generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
-    expected = plain(["coat", "bag"], num_inference_steps=4, eta=1.0, guidance_scale=2.0, generator=generators).images
+    expected = plain(["coat", "bag"], **steps, eta=1.0, guidance_scale=2.0, generator=generators).images
     pipe = ctrl.load(tiny_sd, adapter=adapter[0])
     for keywords in ({"label": None}, {"label": [0, 2], "strength": 0}):
         assert np.array_equal(stack(pipe(["coat", "bag"], seed=0, **keywords).images), stack(expected))

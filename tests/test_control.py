@@ -194,3 +194,16 @@ def test_corrupt_base_is_refused(tiny_sd, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be loaded"):
         bases.load(tmp_path / "sd")
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_label_guidance_goes_from_no_label_to_the_label_and_beyond(base, process, noise, guidance_scale):
+    control = Control(base, 3, 4, ["to_q", "to_v", "conv1"])
+    scramble(control)
+    null = torch.full_like(LABELS, control.null)
+    with torch.no_grad():
+        free, labelled = (control.denoiser(process, PROMPTS, y, guidance_scale)(noise[0], 0) for y in (null, LABELS))
+        for scale in (0.0, 1.0, 2.5):
+            guided = control.guided_denoiser(process, PROMPTS, LABELS, scale, guidance_scale)(noise[0], 0)
+            assert torch.allclose(guided, free + scale * (labelled - free), atol=1e-4)
+    assert not torch.allclose(free, labelled, atol=1e-2)

@@ -12,11 +12,13 @@ from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, within_cell_variance
+from ctrl.finetune.supervised import supervised
 from ctrl.pairs import draw
 from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
+LABEL_DROPOUT = 0.1  # of supervised fine-tuning, so that it also learns what no label means
 Cells = Sequence[tuple[str, int]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -33,18 +35,29 @@ class Task:
     seed: int
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Offline data: latents with shape (N, C, h, w), their prompts, and labels with shape (N,)."""
+
+    x_0: Tensor
+    prompts: Sequence[str]
+    labels: Tensor
+
+
 def train(
     task: Task, log_prob: LogProb, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
-    on_row: Sequence[Callable[[dict], None]] = (),
+    on_row: Sequence[Callable[[dict], None]] = (), examples: Examples | None = None,
 ) -> list[dict]:  # fmt: skip
     """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
-    `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures.
+    `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures. The trainer
+    `supervised` learns from `examples`, the others from trajectories.
     """
     groups = task.control.groups(config["learning_rate"], config["embedding_learning_rate"])
     optimizer = torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
-    gradient = gradient_function(task, log_prob, config)
+    online = config["trainer"] != "supervised"
+    gradient = gradient_function(task, log_prob, config) if online else supervised_gradient(task, examples, config["batch_size"])
     probe = probe_function(task, score, config["probe"]["num_images"], config["micro_batch_size"])
     return loop.run(
         task.control.parameters(), optimizer, gradient, probe, num_updates, folder, config["max_grad_norm"],
@@ -100,6 +113,29 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         variance = within_cell_variance(log_w, list(zip(subjects, labels.tolist(), strict=True)))
         counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
         return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance, **counts}
+
+    return gradient
+
+
+def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Callable[[int], dict[str, float]]:
+    """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022)."""
+    control, process = task.control, task.process
+
+    def gradient(update: int) -> dict[str, float]:
+        passes = control.base.passes
+        before = passes.forward, passes.backward
+        generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
+        chosen = torch.randint(len(examples.labels), (batch_size,), generator=generator)
+        y = examples.labels[chosen]
+        y[torch.rand(batch_size, generator=generator) < LABEL_DROPOUT] = control.null
+
+        def denoiser_of(process: Process, rows: Tensor) -> Callable:
+            return control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
+
+        x_0 = examples.x_0[chosen.to(examples.x_0.device)]
+        figures = supervised(process, denoiser_of, x_0, torch.arange(batch_size), generator, 1 / batch_size, control.active(process))
+        counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
+        return {"loss": figures["loss"].item(), **counts}
 
     return gradient
 

@@ -23,14 +23,14 @@ def supervised(
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over a batch of x_0 with shape (B, *) and labels with shape (B,).
 
-    The batch is cut into `num_groups`, each with one random step t: a denoiser takes one step at a time.
+    The batch is cut into `num_groups`, each with one random step t: a denoiser takes one step at a time. Returns the loss, a scalar.
     """
     steps = [i for i in range(process.num_steps) if active is None or active[i]]
-    noise, loss = torch.randn(x_0.shape, generator=generator), 0.0
+    noise, loss = torch.randn(x_0.shape, generator=generator).to(x_0.device), 0.0
     for rows in torch.arange(len(x_0)).chunk(num_groups):
         i = steps[torch.randint(len(steps), (1,), generator=generator).item()]
         abar = process.abar_t[i].item()
         x_t = abar**0.5 * x_0[rows] + (1 - abar) ** 0.5 * noise[rows]
         loss = loss + (denoiser_of(process, y[rows])(x_t, i) - noise[rows]).square().sum()
     (share * loss).backward()
-    return {}
+    return {"loss": share * loss.detach()}

@@ -69,8 +69,8 @@ CODE = {
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/oracles.py", "ctrl/metrics.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
     "sample": ["scripts/sample.py", *CORE],
-    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *EVALUATION],
-    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py"],
+    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
+    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py", "ctrl/data.py"],
     "mixture": ["scripts/mixture.py", "ctrl/mixture.py", "ctrl/proof.py", *CORE, *GUIDANCE, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
     "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
@@ -132,7 +132,7 @@ def sample_needs(wildcards) -> dict[str, str]:
     needs = {
         "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
         "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/classifier/model.safetensors",
-        "tuning": row["family"] == "guidance" and f"{RESULTS}/tuning/{row['guidance']}.json",
+        "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}.json",
         "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
     }
     return {name: path for name, path in needs.items() if path}

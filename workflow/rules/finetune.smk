@@ -55,6 +55,7 @@ rule tune:
         code=CODE["tune"],
         base=files_of(config["base"]["path"]),
         features=files_of(config["evaluation"]["features"]),
+        adapter=lambda wildcards: sample_needs(wildcards).get("adapter", []),
         classifier="results/{experiment}/classifier/model.safetensors",
         cells="results/{experiment}/cells.json",
         report="results/{experiment}/dataset/report.json",
@@ -76,11 +77,13 @@ rule tune:
         classifier="results/{experiment}/classifier",
         dataset="results/{experiment}/dataset",
         reference="results/{experiment}/samples_val/rejection",
+        adapter=lambda wildcards: flags(sample_needs(wildcards), "adapter"),
     shell:
         """
         python scripts/tune.py \
             --config {params.config:q} \
             --method {wildcards.method:q} \
+            {params.adapter:q} \
             --classifier {params.classifier:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \

@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: the denoising loss by hand, dropped labels, and updates that follow from their number."""
+
+import pytest
+import torch
+
+from ctrl.finetune import recipe
+from ctrl.finetune.recipe import Examples, Task, supervised_gradient
+from ctrl.finetune.supervised import supervised
+
+
+@pytest.fixture
+def task(control):
+    return Task(control, control.base.process(4), [("coat", 0)], ["{}"], 1.0, 0)
+
+
+@pytest.fixture
+def examples(base):
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randn(6, *base.latent_shape, generator=generator)
+    return Examples(x_0, ["coat", "a coat", "bag", "a bag", "coat", "bag"], torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
+def test_loss_by_hand(base):
+    """A denoiser that says zero has the norm of the noise as its loss, whatever the step."""
+    process = base.process(4)
+    weight = torch.zeros(1, requires_grad=True)
+    x_0 = torch.randn(5, 2, 3)
+    loss = supervised(process, lambda process, y: lambda x, i: weight * x, x_0, torch.arange(5), torch.Generator().manual_seed(3), 0.2)[
+        "loss"
+    ]
+    assert loss == pytest.approx(torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(3)).square().sum().item() / 5, rel=1e-5)
+
+
+def gradients(task, examples, update):
+    for p in task.control.parameters().values():
+        p.grad = None
+    figures = supervised_gradient(task, examples, 4)(update)
+    return figures, {name: None if p.grad is None else p.grad.clone() for name, p in task.control.parameters().items()}
+
+
+def test_an_update_follows_from_its_number(task, examples):
+    (first, one), (again, same), (_, other) = (gradients(task, examples, u) for u in (3, 3, 4))
+    assert first == again and first["unet_forward"] == first["unet_backward"] == 4
+    assert all(torch.equal(one[k], same[k]) for k in one if one[k] is not None)
+    assert any(not torch.equal(one[k], other[k]) for k in one if one[k] is not None)
+    assert examples.labels.tolist() == [0, 1, 2, 0, 1, 2], "dropping labels leaves the data alone"
+
+
+def test_dropped_labels_teach_the_embedding_nothing(task, examples, monkeypatch):
+    name = "class_embedding.weight"
+    assert gradients(task, examples, 0)[1][name].abs().sum() > 0
+    monkeypatch.setattr(recipe, "LABEL_DROPOUT", 1.0)
+    dropped = gradients(task, examples, 0)[1]
+    assert dropped[name] is None or not dropped[name].any()
+    assert any(g is not None and g.any() for k, g in dropped.items() if k != name)
+
+
+def test_encoded_images_decode_to_themselves_in_scale(base):
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    x_0 = base.encode_images(images, batch_size=2)
+    mean = base.pipe.vae.encode(images).latent_dist.mean
+    assert torch.allclose(x_0, mean * base.pipe.vae.config.scaling_factor, atol=1e-5) and not x_0.requires_grad
