@@ -18,6 +18,7 @@ from ctrl.oracles import to_pil
 from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
 
+TOLERANCE = 3  # grey levels of 255: rounding, which a wild adapter magnifies; another adapter's images differ by tens
 CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -90,7 +91,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
 def check_in_plain_diffusers(
     control: Control, process: Process, folder: Path, described: dict, cells: Sequence[tuple[str, int]], templates: Sequence[str]
 ) -> None:
-    """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to one grey level in 255."""
+    """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to TOLERANCE."""
     chosen = list(cells)[:: max(1, len(cells) // 4)][:4]
     prompts, labels = [templates[0].format(subject) for subject, _ in chosen], [label for _, label in chosen]
     noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
@@ -105,5 +106,5 @@ def check_in_plain_diffusers(
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     there = np.load(output)
     output.unlink()
-    if (worst := int(np.abs(here.astype(int) - there).max())) > 1:
+    if (worst := int(np.abs(here.astype(int) - there).max())) > TOLERANCE:
         raise UserError(f"{folder}: plain diffusers draws other images with the adapter than the trainer (by {worst} of 255 grey levels)")

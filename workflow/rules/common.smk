@@ -70,7 +70,7 @@ CODE = {
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
-    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, "ctrl/adapter.py", "ctrl/pipeline.py", "ctrl/labels.py", "ctrl/data.py"],
+    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, *(f"ctrl/{n}.py" for n in ("adapter", "data", "labels", "pipeline"))],
     "mixture": ["scripts/mixture.py", "ctrl/mixture.py", "ctrl/proof.py", *CORE, *GUIDANCE, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
     "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
