@@ -120,3 +120,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [loop.CHECKPOINT]
     assert toy_run(tmp_path, lambda w, u: setattr(w, "grad", torch.ones(2)) or {})[1][-1]["update"] == 4
+
+
+def test_a_finished_checkpoint_brings_its_history_back(tmp_path):
+    def gradient(weight, update):
+        weight.grad = torch.ones(2)
+        return {}
+
+    history = toy_run(tmp_path, gradient)[1]
+    (tmp_path / "history.jsonl").unlink()
+    assert toy_run(tmp_path, gradient)[1] == history
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history

@@ -106,8 +106,14 @@ def run(
             if (update + 1) % checkpoint_every == 0 or last:
                 metadata = {"done": str(update + 1), "history": json.dumps(history), "settings": settings}
                 save_checkpoint(checkpoint, named, optimizer, metadata)
-                write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+                write_history(folder, history)
+    write_history(folder, history)  # a run that was cut off behind its last checkpoint has lost the file with its other outputs
     return history
+
+
+def write_history(folder: Path, history: Sequence[dict]) -> None:
+    """`history.jsonl`, a line an update."""
+    write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
 def discard_checkpoint(folder: Path) -> None:
