@@ -333,6 +333,8 @@ def training(histories: Mapping[str, Sequence[dict]], path: Path, num_classes: i
                 "chance", (1, 1 / num_classes), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5, color=PALE
             )
         panels[0, 1].set_ylim(bottom=0)
+        if panels[0, 1].get_ylim()[1] > 50:  # a policy without a KL term leaves no room for the others
+            panels[0, 1].set_yscale("symlog", linthresh=10)
         panels[1, 1].set_ylim(bottom=0)
         for axes in panels[1]:
             axes.set_xlabel("update")
