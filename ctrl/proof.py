@@ -64,7 +64,7 @@ def train(problem: Problem, name: str, loss: Callable) -> Controlled:
     """A controlled model trained by `loss(process, net, y, generator, share)`, which adds gradients and returns figures; checkpointed."""
     settings = problem.settings
     process = process_of(problem.mixture, problem.num_steps)
-    long_steps = process.coarse(settings["coarse"]["stride"], active(process))
+    long_steps = process_of(problem.mixture, max(2, problem.num_steps // settings["coarse"]["stride"]))
     net = Controlled(problem.mixture, problem.label.num_classes, seed=problem.seed)
     optimizer = torch.optim.AdamW(
         net.parameters(), settings["learning_rate"], tuple(settings["betas"]), weight_decay=settings["weight_decay"]
