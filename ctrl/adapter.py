@@ -1,6 +1,7 @@
 """An adapter's folder: weights, adapter.json, model card and the pipeline's code; and the check that plain diffusers agrees with us."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,10 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
     if settings["trainer"] == "supervised":
         trained, outcome = "denoising labelled images, some without their label, for classifier-free guidance (Ho & Salimans 2022)", ""
     else:
-        trained = f"CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {described['gamma']:g}"
+        gamma = described["effective_gamma"]  # what the weights and the reduction of the KL amount to
+        trained = f"CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {gamma:g}"
+        if gamma == math.inf:
+            trained = "back-propagation of the reward alone, without a KL: it draws from no conditional law"
         outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
     card = CARD.format(
         **described | {"labels": labels, "folder": folder, "prompt": prompt},

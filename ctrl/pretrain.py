@@ -165,15 +165,16 @@ def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: d
         optimizer.step()
         after_step()
         losses.append(loss.detach())
-        if (step + 1) % 100 == 0 or step + 1 == num_steps:
-            if not math.isfinite(mean := torch.stack(losses).mean().item()):  # asked for rarely: the answer waits for the GPU
-                raise FloatingPointError(
-                    f"{label}: the loss is {mean} at step {step + 1}; lower learning_rate, now {config['learning_rate']}"
-                )
+        last = step + 1 == num_steps
+        logs, saves = (step + 1) % 100 == 0 or last, (step + 1) % config["checkpoint_every"] == 0 or last
+        # Asked for rarely, since the answer waits for the GPU, and before any checkpoint.
+        if (logs or saves) and not math.isfinite(mean := torch.stack(losses).mean().item()):
+            raise FloatingPointError(f"{label}: the loss is {mean} at step {step + 1}; lower learning_rate, now {config['learning_rate']}")
+        if logs:
             if log:
                 log({"stage": label, "step": step + 1, "loss": mean, "seconds": time.monotonic() - started})
             losses = []
-        if (step + 1) % config["checkpoint_every"] == 0 or step + 1 == num_steps:
+        if saves:
             checkpoint.save(step + 1)
 
 

@@ -40,6 +40,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def digest(*parts) -> str:
+    """What a run depends on, as a short text: a checkpoint of another run is not resumed."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def load_examples(base: Base, dataset: Path) -> Examples:
     """The labelled images that the classifier was trained on, as latents."""
     table = read_parquet(dataset / "metadata.parquet")
@@ -74,16 +79,8 @@ def main() -> None:
         return {"oracle_accuracy": float((torch.tensor(oracle(images)) == labels).double().mean())}
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
-    identity = [
-        settings,
-        sampler,
-        templates["train"],
-        cells,
-        base.fingerprint(),
-        config["seed"],
-        (args.classifier / "config.json").read_text(),
-    ]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    classifier_config = (args.classifier / "config.json").read_text()
+    identity = digest(settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], classifier_config)
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
 
@@ -91,7 +88,7 @@ def main() -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
         examples = load_examples(base, args.dataset) if settings["trainer"] == "supervised" else None
-        history = train(task, log_prob, score, settings, args.output, digest, [track], examples)
+        history = train(task, log_prob, score, settings, args.output, identity, [track], examples)
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

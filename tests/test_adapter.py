@@ -43,7 +43,15 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
         control.base.unet.class_embedding.weight[control.null] = 0
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
     settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
-    extra = {"name": "ctrl", "gamma": 1.0, "train_seconds": 2.0, "device": "cpu", "last": last, "finetune": settings}
+    extra = {
+        "name": "ctrl",
+        "gamma": 1.0,
+        "effective_gamma": 1.0,
+        "train_seconds": 2.0,
+        "device": "cpu",
+        "last": last,
+        "finetune": settings,
+    }
     sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
     described = controls.describe(control, str(tiny_sd), sampler, ["a", "b", "c"], extra)
     folder = tmp_path / "adapter"
@@ -65,7 +73,9 @@ def stack(images):
 
 @both_spacings
 def test_plain_diffusers_draws_the_same_images(control, process, adapter):
-    check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])
+    before = sorted(adapter[0].iterdir())
+    check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])  # raises where they differ
+    assert sorted(adapter[0].iterdir()) == before, "it leaves nothing behind"
 
 
 def test_a_difference_is_noticed(control, process, adapter):
@@ -128,3 +138,10 @@ def test_card_speaks_of_every_label(adapter):
 def test_importing_the_package_is_cheap():
     code = "import ctrl, sys; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("amounts_to", "says"), [(2560.0, "gamma = 2560"), (float("inf"), "the reward alone")])
+def test_card_says_what_the_recipe_amounts_to(control, adapter, amounts_to, says):
+    folder, described = adapter
+    write_adapter(control, folder, described | {"effective_gamma": amounts_to}, "coat")
+    assert says in (folder / "README.md").read_text()

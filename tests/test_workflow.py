@@ -30,7 +30,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
     "finetune": {"ctrl/metrics.py", *(f"ctrl/guidance/{name}.py" for name in ("mpgd", "particles", "reconstruction"))},
     "sample": {"ctrl/metrics.py"},
-    "tune": {"ctrl/control.py", "ctrl/finetune/objective.py", "ctrl/figures.py"},
+    "tune": {"ctrl/figures.py"},
     "plot_figures": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
 }
