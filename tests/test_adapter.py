@@ -71,6 +71,7 @@ def stack(images):
     return np.stack([np.asarray(i) for i in images]).astype(int)
 
 
+@pytest.mark.slow
 @both_spacings
 def test_plain_diffusers_draws_the_same_images(control, process, adapter):
     before = sorted(adapter[0].iterdir())
@@ -78,6 +79,7 @@ def test_plain_diffusers_draws_the_same_images(control, process, adapter):
     assert sorted(adapter[0].iterdir()) == before, "it leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_a_difference_is_noticed(control, process, adapter):
     with torch.no_grad():
         control.base.unet.class_embedding.weight[:2] += 1.0
