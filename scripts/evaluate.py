@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json: the oracle and its bins")
     parser.add_argument("--adapter", type=Path, help="folder with adapter.json, for train_seconds and the peak memory of training")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--output-metrics", type=Path, help="JSON file for the values alone, which `dvc metrics show` puts side by side")
     parser.add_argument("--num-threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
@@ -38,6 +39,8 @@ def main() -> None:
         result = evaluation.evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
         result = {"method": args.method, "settings": settings, "label_names": report["label_names"]} | result
         write_json(args.output, result)
+        if args.output_metrics:
+            write_json(args.output_metrics, evaluation.values_of(result, result["metrics"]))
         log.log_metrics({name: figure["value"] for name, figure in result["metrics"].items()})
         log.log_artifact(args.output)
     shown = evaluation.values_of(result, ["accuracy", "macro_f1", "kid_rejection", "diversity", network.score_name])

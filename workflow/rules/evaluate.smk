@@ -1,7 +1,8 @@
 # Every method's figures by one script: the oracle relabels the images, and rejection samples are the reference of the distances.
 #
 # Needs  results/{experiment}/{samples, samples_val}/{method}, the network of the features
-# Makes  results/{experiment}/{evaluation, evaluation_val}/{method}.json
+# Makes  results/{experiment}/{evaluation, evaluation_val}/{method}.json   everything that was measured
+#        results/{experiment}/{metrics, metrics_val}/{method}.json         the values alone
 
 
 rule evaluate:
@@ -15,6 +16,7 @@ rule evaluate:
         report="results/{experiment}/dataset/report.json",
     output:
         evaluation="results/{experiment}/evaluation/{method}.json",
+        metrics="results/{experiment}/metrics/{method}.json",
     log:
         "results/{experiment}/logs/evaluate_{method}.txt",
     threads: 1
@@ -38,6 +40,7 @@ rule evaluate:
             --dataset {params.dataset:q} \
             {params.adapter:q} \
             --output {output.evaluation:q} \
+            --output-metrics {output.metrics:q} \
             --num-threads {threads} 2>&1 | tee {log:q}
         """
 
@@ -52,6 +55,7 @@ use rule evaluate as evaluate_val with:
         report="results/{experiment}/dataset/report.json",
     output:
         evaluation="results/{experiment}/evaluation_val/{method}.json",
+        metrics="results/{experiment}/metrics_val/{method}.json",
     log:
         "results/{experiment}/logs/evaluate_val_{method}.txt",
     params:
