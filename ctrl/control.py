@@ -154,6 +154,7 @@ class Control:
         metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
         save_tensors(Path(folder) / EMBEDDING_FILE, {"weight": unet.class_embedding.weight.detach()})
+        (Path(folder) / LORA_FILE).chmod((Path(folder) / EMBEDDING_FILE).stat().st_mode)  # diffusers' own is for its owner alone
 
 
 def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:

@@ -203,7 +203,7 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
     training split. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
     score_{oracle}, label. UserError where no image remains, or a label or a split has none.
     """
-    folder, name = Path(folder), label["oracle"]
+    folder, name, unit = Path(folder), label["oracle"], oracles.UNITS.get(label["oracle"], "")
     rows, refused = examine(folder, read_table(folder), image_size, oracles.get_oracle(name))
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
@@ -215,7 +215,7 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
             raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise dataset.splits.{s}")
     edges = bin_edges(score[split == "train"], label["edges"], label["num_classes"])
     y = oracles.score_to_label(score, edges, label["descending"])
-    names = oracles.label_names(edges, label["descending"], oracles.UNITS[name])
+    names = oracles.label_names(edges, label["descending"], unit)
     counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in SPLITS}
     for k, n in enumerate(counts["train"]):
         if n == 0:
@@ -228,7 +228,7 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
         table["subject"] = rows["subject"]
     table = table.assign(split=split, **{f"score_{name}": score}, label=y)
     report = {
-        "num_images": len(table), "oracle": name, "unit": oracles.UNITS[name], "image_size": image_size, "num_classes": len(names),
+        "num_images": len(table), "oracle": name, "unit": unit, "image_size": image_size, "num_classes": len(names),
         "descending": label["descending"], "edges": edges, "label_names": names, "counts": counts, "refused": refused,
     }  # fmt: skip
     return table, report

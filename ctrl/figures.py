@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -111,9 +112,9 @@ def _canvas(width: float, height: float, inches_a_unit: float) -> tuple[Figure, 
 def _caption(score: float, requested: int | None, report: dict) -> tuple[str, str]:
     """The measured score and its colour: ink where it lies in the requested label's bin, red where it does not."""
     if requested is None:
-        return f"{score:.2f}", INK
+        return f"{score:.4g}", INK  # as precise as the edges are printed
     low, high = bins_of(report)[requested]
-    return f"{score:.2f}", INK if low <= score < high else WRONG
+    return f"{score:.4g}", INK if low <= score < high else WRONG
 
 
 def grid_figure(
@@ -173,7 +174,7 @@ def teaser_figure(pretrained: Samples, ctrl: Samples, subjects: Sequence[str], r
     """
     left, top, step, row_height, gap = 2.0, 1.25, 1.14, 1.44, 0.8
     num_classes, start = report["num_classes"], left + num_pretrained * step + gap
-    width = start + num_classes * step + 0.25
+    width = start + max(num_classes * step + 0.25, 5)  # of the heading
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(width, top + len(subjects) * row_height, 0.72)
         axes.text(left, 0.38, "pretrained", fontsize=10, fontweight="bold", va="center", color=INK)
@@ -269,6 +270,8 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
                 if column == 0:
                     axes.set_ylabel(f"label {y}\n{label_name(report, y)}", rotation=0, ha="right", va="center", labelpad=8)
             panels[0, column].set_title(method_name(method), fontweight="bold")
+        for axes in panels[:, 0]:  # room for the shares above the bars; a row has one y axis
+            axes.set_ylim(top=1.35 * axes.get_ylim()[1])
         figure.supxlabel(f"measured {oracle_name(report)}   (shaded: what was asked for; dashed: edges of the bins)", fontsize=8)
         save(figure, path)
 
@@ -288,7 +291,7 @@ def confusion(counts: Mapping[str, Sequence[Sequence[int]]], report: dict, path:
             for i, row in enumerate(share):
                 for j, value in enumerate(row):
                     axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color="white" if value > 0.55 else INK)
-            axes.set_title(method_name(method), fontweight="bold")
+            axes.set_title(textwrap.fill(method_name(method), max(8, round(12 * side))), fontweight="bold")
             axes.set_xticks(range(num_classes), ticks, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(num_classes), ticks)
             axes.tick_params(length=0)
@@ -338,6 +341,7 @@ def training(histories: Mapping[str, Sequence[dict]], path: Path, num_classes: i
         panels[1, 1].set_ylim(bottom=0)
         for axes in panels[1]:
             axes.set_xlabel("update")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(histories) > 1:
             panels[0, 0].legend(loc="lower right")
         save(figure, path)

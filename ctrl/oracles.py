@@ -24,7 +24,7 @@ def brightness(image: Image.Image) -> float:
 
 
 ORACLES: dict[str, Callable[[Image.Image], float]] = {"jpeg_size": jpeg_size_kb, "brightness": brightness}
-UNITS = {"jpeg_size": "kB", "brightness": ""}
+UNITS = {"jpeg_size": "kB"}  # of those that have one
 
 
 def get_oracle(name: str) -> Callable[[Image.Image], float]:

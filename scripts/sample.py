@@ -107,7 +107,7 @@ def main() -> None:
     else:
         batches = generate(base, rows, draw, batch_size)
 
-    with run(config, config["experiment"], f"sample {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
+    with run(config, config["experiment"], f"sample {args.output.parent.name}/{args.output.name}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:
             (folder / "images").mkdir()
             tables = []

@@ -61,9 +61,9 @@ def test_grid_draws_every_cell_and_hatches_the_impossible_ones():
     assert len(artists(axes, "picture")) == 3 * len(CELLS)
     hatched = artists(axes, "impossible")
     assert len(hatched) == 3 and all(box.get_hatch() for box in hatched)
-    captions = [t for t in axes.texts if t.get_text() in {"2.00", "1.25", "1.15", "1.05", "0.95"}]
+    captions = [t for t in axes.texts if t.get_text() in {"2", "1.25", "1.15", "1.05", "0.95"}]
     assert len(captions) == 3 * len(CELLS)
-    assert [t.get_text() for t in captions if t.get_color() == figures.WRONG] == ["2.00"]
+    assert [t.get_text() for t in captions if t.get_color() == figures.WRONG] == ["2"]
     assert overlaps(figure) == []
 
 
