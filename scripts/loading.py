@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctrl import base as base_models
 from ctrl import classifier as classifiers
-from ctrl import noisy_classifier as noisy_classifiers
+from ctrl import noisy
 from ctrl.base import Base
 from ctrl.control import Control
 from ctrl.errors import UserError
@@ -88,8 +88,8 @@ def label_guidance_denoiser(control: Control, process: Process, config: dict, sc
 def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float, guidance: str) -> MakeDenoiser:
     """The pretrained model under one of GUIDANCE, or under `classifier_guidance` by a folder with a classifier of noisy latents."""
     if guidance == "classifier_guidance":
-        noisy, denoiser = noisy_classifiers.load(classifier).to(base.device), pretrained_denoiser(base, process, config)
-        return lambda prompts, y: classifier_guidance(denoiser(prompts, y), process, noisy.log_prob(process, y), scale)
+        net, denoiser = noisy.load(classifier).to(base.device), pretrained_denoiser(base, process, config)
+        return lambda prompts, y: classifier_guidance(denoiser(prompts, y), process, net.log_prob(process, y), scale)
     log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
     pretrained = pretrained_denoiser(base, process, config)
     return lambda prompts, labels: GUIDANCE[guidance](

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ctrl import errors, figures
-from ctrl import noisy_classifier as classifiers
+from ctrl import errors, figures, noisy
 from ctrl.data import load_images
 from ctrl.io import atomic_folder, read_json, read_parquet, write_json
 from ctrl.tracking import run
@@ -36,15 +35,15 @@ def main() -> None:
 
     uri = config["mlflow"]["tracking_uri"]
     with run(config, config["experiment"], "train_noisy_classifier", {"method": "classifier_guidance"}, uri) as tracker:
-        classifier, history = classifiers.fit(latents, process, description, settings, config["seed"])
+        classifier, history = noisy.fit(latents, process, description, settings, config["seed"])
         for row in history:
             tracker.log_metrics(row, row["epoch"])
-        steps = classifiers.evaluate(classifier, process, *latents["val"])
+        steps = noisy.evaluate(classifier, process, *latents["val"])
         for row in steps:
             tracker.log_metrics({f"val_{key}": row[key] for key in ("timestep", "accuracy", "nll")}, row["step"])
         best = min(history, key=lambda row: row["calibration_loss"])["epoch"]
         with atomic_folder(args.output) as folder:
-            classifiers.save(folder, classifier)
+            noisy.save(folder, classifier)
             seconds = round(time.perf_counter() - started, 2)
             write_json(folder / "metrics.json", {"val": steps, "epoch": best, "train_seconds": seconds, "history": history})
             figures.accuracy_by_timestep(steps, num_classes, folder / "accuracy_by_timestep.png")

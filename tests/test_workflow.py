@@ -29,7 +29,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "train_garments": {"ctrl/oracles.py"},
     "unpack_images": {"ctrl/oracles.py"},
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
-    "finetune": {"ctrl/metrics.py", "ctrl/noisy_classifier.py", *SAMPLERS},
+    "finetune": {"ctrl/metrics.py", "ctrl/noisy.py", *SAMPLERS},
     "train_noisy_classifier": {
         *(f"ctrl/{name}.py" for name in ("classifier", "control", "dct", "evaluation", "features", "figures", "metrics", "networks")),
         "ctrl/finetune/objective.py",

@@ -58,7 +58,7 @@ wildcard_constraints:
 CORE = [f"ctrl/{name}.py" for name in ("base", "process", "sampling", "generate", "oracles", "pairs")] + ["scripts/loading.py"]
 CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
-GUIDANCE = [*(f"ctrl/guidance/{n}.py" for n in ("classifier", "mpgd", "particles", "reconstruction")), "ctrl/noisy_classifier.py", *CLASSIFIER]
+GUIDANCE = [*(f"ctrl/guidance/{n}.py" for n in ("classifier", "mpgd", "particles", "reconstruction")), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
 TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
 CODE = {
@@ -67,7 +67,7 @@ CODE = {
     "unpack_images": ["scripts/unpack_images.py", "ctrl/data.py"],
     "build_dataset": ["scripts/build_dataset.py", "ctrl/data.py", "ctrl/oracles.py"],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/oracles.py", "ctrl/metrics.py"],
-    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, "ctrl/noisy_classifier.py", "ctrl/data.py"],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, "ctrl/noisy.py", "ctrl/data.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
