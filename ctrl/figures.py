@@ -347,6 +347,24 @@ def training(histories: Mapping[str, Sequence[dict]], path: Path, num_classes: i
         save(figure, path)
 
 
+def accuracy_by_timestep(rows: Sequence[dict], num_classes: int, path: Path) -> None:
+    """Accuracy and negative log-likelihood of a classifier of noisy latents at the sampler's timesteps, with those of a blind guess.
+
+    rows: "timestep", "accuracy", "nll" in nats and "n", the number of images, of each step.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.5), layout="constrained")
+        blind = {"accuracy": 1 / num_classes, "nll": math.log(num_classes)}
+        for axes, name, title in zip(figure.subplots(1, 2), blind, ("accuracy", "−log p(y | x_t) / nats"), strict=True):
+            axes.plot([r["timestep"] for r in rows], [r[name] for r in rows], color=METHOD_COLOURS["ctrl"], marker="o", markersize=3.5)
+            axes.axhline(blind[name], color=PALE, linewidth=0.8, linestyle=(0, (3, 2)))
+            axes.annotate("chance", (0, blind[name]), xycoords=("axes fraction", "data"), va="bottom", fontsize=6.5, color=PALE)
+            axes.set_title(f"{title} (n = {rows[0]['n']})", loc="left")
+            axes.set_xlabel("timestep t of 1000: more is noisier")
+            axes.set_ylim(0, 1.02 if name == "accuracy" else None)
+        save(figure, path)
+
+
 def _sweep(
     rows: Sequence[dict], x: str, x_label: str, names: Sequence[str], path: Path, best: float | None, ideal: Mapping[str, float]
 ) -> None:

@@ -15,25 +15,28 @@ from ctrl.process import Denoiser, Process
 from ctrl.sampling import noise_of, path_statistics, sample
 
 MakeDenoiser = Callable[[list[str], Tensor], Denoiser]  # prompts, labels with shape (B,)
-Draw = Callable[[list[str], Tensor, Sequence[int]], Tensor]  # prompts, labels, seeds -> x_0 with shape (B, *)
+# prompts, labels, seeds -> x_0 with shape (B, *), and what the method says of each image: further columns of the table, B entries each
+Draw = Callable[[list[str], Tensor, Sequence[int]], tuple[Tensor, dict[str, list]]]
 
 
 def denoised(base: Base, process: Process, make_denoiser: MakeDenoiser) -> Draw:
     """The common sampling loop, of whatever `make_denoiser` makes."""
-    return lambda prompts, labels, seeds: sample(
-        process, make_denoiser(prompts, labels), noise_of(seeds, base.latent_shape, process.num_steps, base.device)
-    )
+
+    def draw(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, dict[str, list]]:
+        return sample(process, make_denoiser(prompts, labels), noise_of(seeds, base.latent_shape, process.num_steps, base.device)), {}
+
+    return draw
 
 
 def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Iterator[tuple[Tensor, pd.DataFrame]]:
     """Yields batches of images in [-1, 1] with shape (B, 3, H, W), with their rows and the columns nfe_forward, nfe_backward, seconds.
 
-    An image depends on its row and on nothing else.
+    What else `draw` says of each image becomes a column too. An image depends on its row and on nothing else.
     """
     for start in range(0, len(rows), batch_size):
         batch = rows.iloc[start : start + batch_size]
         started, forward, backward = time.perf_counter(), base.passes.forward, base.passes.backward
-        x_0 = draw(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()), batch["seed"].tolist())
+        x_0, columns = draw(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()), batch["seed"].tolist())
         with torch.no_grad():
             images = base.decode(x_0).clamp(-1, 1)
         n = len(batch)
@@ -42,7 +45,7 @@ def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Ite
             "nfe_backward": (base.passes.backward - backward) / n,
             "seconds": (time.perf_counter() - started) / n,
         }
-        yield images, batch.assign(**cost)
+        yield images, batch.assign(**cost, **columns)
 
 
 def reject(

@@ -5,7 +5,7 @@ Everything runs in standardised coordinates (mean 0, standard deviation 1 along 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,15 @@ class GaussianMixture:
 
         return eps
 
+    def posterior(self, abar: float, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p(x_0 | x_t), a mixture too: log weights (B, M), means (B, M, D), and roots R (M, D, D) of the covariances R Rᵀ."""
+        spread, axes, means = (v.to(x_t.dtype) for v in (*torch.linalg.eigh(self.covariances), self.means))
+        variances = abar * spread + (1 - abar)
+        z = torch.einsum("mde,bmd->bme", axes, x_t[:, None] - abar**0.5 * means)
+        log_r = self.weights.log().to(x_t.dtype) - 0.5 * (z.square() / variances + variances.log()).sum(2)
+        moved = means + torch.einsum("mde,bme->bmd", axes, abar**0.5 * spread / variances * z)
+        return log_r.log_softmax(1), moved, axes * (spread * (1 - abar) / variances).sqrt()[:, None]
+
 
 @dataclass(frozen=True)
 class SoftmaxLinear:
@@ -114,6 +123,27 @@ class SoftmaxLinear:
     def log_prob(self, x: Tensor, y: Tensor) -> Tensor:
         """log p(y | x) with shape (N,)."""
         return self.log_probs(x).gather(1, y[:, None])[:, 0]
+
+
+def noisy_log_prob(
+    mixture: GaussianMixture, label: SoftmaxLinear, process: Process, y: Tensor, num_nodes: int = 128
+) -> Callable[[Tensor, int], Tensor]:
+    """(x_t, i) -> log p_t(y | x_t) = log E[p(y | x_0) | x_t] with shape (B,), in nats, for labels with shape (B,).
+
+    The mean over each component is that over `num_nodes` quasi-random points (Sobol's, mapped to a normal law), in any dimension.
+    """
+    uniform = torch.quasirandom.SobolEngine(mixture.dim, scramble=True, seed=0).draw(num_nodes, dtype=torch.float64)
+    nodes = torch.special.ndtri(uniform)
+
+    def log_prob(x_t: Tensor, i: int) -> Tensor:
+        log_r, means, roots = mixture.posterior(process.abar_t[i].item(), x_t)
+        weight, bias = label.weight.to(x_t.dtype), label.bias.to(x_t.dtype)
+        offsets = torch.einsum("kd,mde,qe->mqk", weight, roots, nodes.to(x_t.dtype))
+        log_p = torch.log_softmax((means @ weight.T + bias)[:, :, None] + offsets, dim=3)  # (B, M, num_nodes, K)
+        log_p = log_p.gather(3, y.view(-1, 1, 1, 1).expand(*log_p.shape[:3], 1))[..., 0]
+        return torch.logsumexp(log_r[:, :, None] + log_p, dim=(1, 2)) - math.log(num_nodes)
+
+    return log_prob
 
 
 def process_of(mixture: GaussianMixture, num_steps: int) -> Process:

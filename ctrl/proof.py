@@ -17,8 +17,9 @@ from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.finetune.supervised import supervised
+from ctrl.guidance.classifier import classifier_guidance
 from ctrl.guidance.reconstruction import reconstruction_guidance
-from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
+from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, noisy_log_prob, process_of
 from ctrl.process import Denoiser
 from ctrl.sampling import path_statistics, sample
 
@@ -143,6 +144,17 @@ def draw_guided(problem: Problem, gamma: float, weighting: str) -> Draw:
     return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)), scales)
 
 
+def draw_classifier_guided(problem: Problem, gamma: float) -> Draw:
+    """Classifier guidance by the true p_t(y | x_t): at a gamma and a scale of 1 exact, but for the length of the steps."""
+    process = process_of(problem.mixture, problem.num_steps)
+    pre = problem.mixture.denoiser(process)
+
+    def guided(y: Tensor, scale: float) -> Denoiser:
+        return classifier_guidance(pre, process, noisy_log_prob(problem.mixture, problem.label, process, y), scale)
+
+    return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)))
+
+
 def draw_cfg(problem: Problem, gamma: float) -> Draw:
     """Classifier-free guidance: supervised on fresh labelled samples, as many as the others' trajectories; its scale tuned."""
 
@@ -166,6 +178,7 @@ METHODS: dict[str, Callable[[Problem, float], Draw]] = {
     "cfg": draw_cfg,
     "reward_maximization": partial(draw_trained, trainer=backprop, name="reward_maximization", kl_weight=0.0),
     "mean_kl": partial(draw_trained, trainer=backprop, name="mean_kl", kl_weight=0.01, kl_reduction="mean", reward=0.1),
+    "classifier_guidance": draw_classifier_guided,
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -120,9 +121,13 @@ def main() -> None:
             samples = pd.concat(tables, ignore_index=True)
             write_parquet(folder / "samples.parquet", samples)
             info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
+            if "effective_sample_size" in samples:  # of the particles, after each step
+                info["effective_sample_size"] = np.mean(samples["effective_sample_size"].tolist(), axis=0).tolist()
             if args.adapter:
                 info |= figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)
+        for step, size in enumerate(info.get("effective_sample_size", [])):
+            tracker.log_metrics({"effective_sample_size": size}, step)
         tracker.log_metrics({name: samples[name].mean() for name in ("nfe_forward", "nfe_backward", "seconds")}, 0)
         tracker.log_artifact(args.output / "samples.parquet")
 

@@ -23,12 +23,18 @@ DEMO = {
     "all": 1,
 }
 INFRASTRUCTURE = {"scripts/common.py", *(f"ctrl/{name}.py" for name in ("config", "errors", "io", "tracking", "__init__"))}
+SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
 EXEMPT = {  # imported, but without a say in the result of these rules
     "pretrain": {"ctrl/oracles.py"},
     "train_garments": {"ctrl/oracles.py"},
     "unpack_images": {"ctrl/oracles.py"},
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
-    "finetune": {"ctrl/metrics.py", *(f"ctrl/guidance/{name}.py" for name in ("mpgd", "particles", "reconstruction"))},
+    "finetune": {"ctrl/metrics.py", "ctrl/noisy.py", *SAMPLERS},
+    "train_noisy_classifier": {
+        *(f"ctrl/{name}.py" for name in ("classifier", "control", "dct", "evaluation", "features", "figures", "metrics", "networks")),
+        "ctrl/finetune/objective.py",
+        *SAMPLERS,
+    },
     "sample": {"ctrl/metrics.py"},
     "tune": {"ctrl/figures.py"},
     "plot_figures": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
@@ -58,7 +64,7 @@ def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     jobs = plan(repository, "paper")
     assert jobs["finetune"] == 7  # gamma 1, 3, 10 and 30, of which the configuration's is `ctrl`; and the three other adapters
     assert jobs["sample_val"] == 5  # the four of the sweep and the reference
-    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (14, 13, 4)
+    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (15, 14, 4)
     assert jobs["tabulate"] == 2
     assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
 

@@ -6,7 +6,7 @@
 - `svdd`: at every step the best of M candidates by log p̂(y | decode(x̂_0)) (Li et al. 2024, arXiv 2408.08252, alpha = 0).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ LogProb = Callable[[Tensor], Tensor]
 
 
 def smc(
-    process: Process, denoiser: Denoiser, log_prob: LogProb, noise: Tensor, num_particles: int, gamma: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    process: Process, denoiser: Denoiser, log_prob: LogProb, noise: Tensor, num_particles: int, gamma: float,
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One x_0 for each of B images with shape (B, *), and the effective sample size after each step, of 1 … M, with shape (N + 1, B).
 
     `noise` with shape (N + 1, B · M, *), the particles of an image side by side, as `denoiser` and `log_prob` take them. Resamples
-    (systematically) an image's particles when their effective sample size falls below M / 2. `generator` is on the CPU.
+    (systematically) an image's particles when their effective sample size falls below M / 2. `generators`: one an image, on the CPU: no
+    image depends on those beside it.
     """
     x, batch = noise[0], noise.shape[1] // num_particles
     twist = log_w = torch.zeros(batch, num_particles, dtype=torch.float64)
@@ -37,20 +39,24 @@ def smc(
             weights = log_w.softmax(1)
             sizes.append(1 / weights.square().sum(1))
             if last:
-                chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
+                chosen = torch.cat([torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)])
                 return x.view(batch, num_particles, *x.shape[1:])[torch.arange(batch), chosen.to(x.device)], torch.stack(sizes)
             poor = sizes[-1] < num_particles / 2
-            ancestors = torch.where(poor[:, None], systematic(weights, generator), torch.arange(num_particles))
+            ancestors = torch.where(poor[:, None], systematic(weights, generators), torch.arange(num_particles))
             log_w = torch.where(poor[:, None], 0.0, log_w)
             twist = twist.gather(1, ancestors)
             flat = (ancestors + num_particles * torch.arange(batch)[:, None]).flatten().to(x.device)
             x = process.step(i, x[flat], eps[flat], noise[i + 1])
 
 
-def systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices with shape (B, M): particle m of each row occurs M · weights[m] times, rounded up or down (systematic resampling)."""
+def systematic(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Indices with shape (B, M): particle m of each row occurs M · weights[m] times, rounded up or down (systematic resampling).
+
+    Each of the B rows draws one number from its own generator.
+    """
     count = weights.shape[1]
-    points = (torch.arange(count) + torch.rand(len(weights), 1, generator=generator, dtype=weights.dtype)) / count
+    offsets = torch.stack([torch.rand(1, generator=g, dtype=weights.dtype) for g in generators])
+    points = (torch.arange(count) + offsets) / count
     return torch.searchsorted(weights.cumsum(1).contiguous(), points.contiguous()).clamp(max=count - 1)
 
 

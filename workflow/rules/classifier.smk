@@ -1,9 +1,10 @@
 # The classifier p(y | x), and which labels each subject can take.
 #
 # Needs  results/{experiment}/dataset, the base model
-# Makes  results/{experiment}/pool        images of the pretrained model on training prompts
-#        results/{experiment}/classifier  model.safetensors, config.json, metrics.json, reliability.png
-#        results/{experiment}/cells.json  the (subject, label) pairs that are asked for
+# Makes  results/{experiment}/pool              images of the pretrained model on training prompts
+#        results/{experiment}/classifier        model.safetensors, config.json, metrics.json, reliability.png
+#        results/{experiment}/noisy_classifier  the same of noisy latents, with accuracy_by_timestep.png; for classifier guidance
+#        results/{experiment}/cells.json        the (subject, label) pairs that are asked for
 
 
 rule sample_pool:
@@ -74,6 +75,45 @@ rule train_classifier:
             --config {params.config:q} \
             --dataset {params.dataset:q} \
             --generated {params.generated:q} \
+            --output {params.output:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+rule train_noisy_classifier:
+    """p_t(y | x_t), fitted on the training split, chosen on the calibration split, measured at each step on the validation split."""
+    input:
+        code=CODE["train_noisy_classifier"],
+        base=files_of(config["base"]["path"]),
+        metadata="results/{experiment}/dataset/metadata.parquet",
+        report="results/{experiment}/dataset/report.json",
+    output:
+        model="results/{experiment}/noisy_classifier/model.safetensors",
+        config="results/{experiment}/noisy_classifier/config.json",
+        metrics="results/{experiment}/noisy_classifier/metrics.json",
+        figure=report(
+            "results/{experiment}/noisy_classifier/accuracy_by_timestep.png",
+            caption="../report/accuracy_by_timestep.rst",
+            category="2 Classifier",
+        ),
+    log:
+        "results/{experiment}/logs/train_noisy_classifier.txt",
+    benchmark:
+        "results/{experiment}/benchmarks/train_noisy_classifier.tsv"
+    threads: CORES
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        config="results/{experiment}/config.json",
+        depends=sections("seed", "base", "sampler", "noisy_classifier"),
+        dataset="results/{experiment}/dataset",
+        output="results/{experiment}/noisy_classifier",
+    shell:
+        """
+        python scripts/train_noisy_classifier.py \
+            --config {params.config:q} \
+            --dataset {params.dataset:q} \
             --output {params.output:q} \
             --num-threads {threads} 2>&1 | tee {log:q}
         """

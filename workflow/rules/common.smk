@@ -58,7 +58,7 @@ wildcard_constraints:
 CORE = [f"ctrl/{name}.py" for name in ("base", "process", "sampling", "generate", "oracles", "pairs")] + ["scripts/loading.py"]
 CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
-GUIDANCE = [*(f"ctrl/guidance/{name}.py" for name in ("mpgd", "particles", "reconstruction")), *CLASSIFIER]
+GUIDANCE = [*(f"ctrl/guidance/{n}.py" for n in ("classifier", "mpgd", "particles", "reconstruction")), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
 TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
 CODE = {
@@ -67,6 +67,7 @@ CODE = {
     "unpack_images": ["scripts/unpack_images.py", "ctrl/data.py"],
     "build_dataset": ["scripts/build_dataset.py", "ctrl/data.py", "ctrl/oracles.py"],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/oracles.py", "ctrl/metrics.py"],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, "ctrl/noisy.py", "ctrl/data.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
@@ -128,10 +129,10 @@ def row_of(name: str) -> dict:
 
 def sample_needs(wildcards) -> dict[str, str]:
     """What sampling by a method takes beside the base model, by the name of the script's argument."""
-    row = row_of(wildcards.method)
+    noisy = "noisy_" if (row := row_of(wildcards.method))["guidance"] == "classifier_guidance" else ""
     needs = {
         "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
-        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/classifier/model.safetensors",
+        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/{noisy}classifier/model.safetensors",
         "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}.json",
         "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
     }
@@ -140,8 +141,7 @@ def sample_needs(wildcards) -> dict[str, str]:
 
 def flags(needs: dict[str, str], *only: str) -> list[str]:
     """The same as arguments: the file for the tuning, the folder for all else."""
-    chosen = {name: path if name == "tuning" else os.path.dirname(path) for name, path in needs.items() if name in (only or needs)}
-    return [text for name, path in chosen.items() for text in (f"--{name}", path)]
+    return [text for n, p in needs.items() if n in (only or needs) for text in (f"--{n}", p if n == "tuning" else os.path.dirname(p))]
 
 
 def all_targets(table: str = "results") -> list[str]:

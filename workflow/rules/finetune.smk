@@ -56,7 +56,7 @@ rule tune:
         base=files_of(config["base"]["path"]),
         features=files_of(config["evaluation"]["features"]),
         adapter=lambda wildcards: sample_needs(wildcards).get("adapter", []),
-        classifier="results/{experiment}/classifier/model.safetensors",
+        classifier=lambda wildcards: sample_needs(wildcards)["classifier"],
         cells="results/{experiment}/cells.json",
         report="results/{experiment}/dataset/report.json",
         reference="results/{experiment}/samples_val/rejection/samples.parquet",
@@ -74,17 +74,15 @@ rule tune:
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.templates.val", "tuning", "evaluation.features"),
-        classifier="results/{experiment}/classifier",
         dataset="results/{experiment}/dataset",
         reference="results/{experiment}/samples_val/rejection",
-        adapter=lambda wildcards: flags(sample_needs(wildcards), "adapter"),
+        needs=lambda wildcards: flags(sample_needs(wildcards), "adapter", "classifier"),
     shell:
         """
         python scripts/tune.py \
             --config {params.config:q} \
             --method {wildcards.method:q} \
-            {params.adapter:q} \
-            --classifier {params.classifier:q} \
+            {params.needs:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \
             --reference {params.reference:q} \
