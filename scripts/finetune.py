@@ -22,7 +22,7 @@ from ctrl.io import read_json, read_parquet
 from ctrl.labels import Categorical
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_cells, load_oracle, log_prob_of_latents
+from scripts.loading import load_base, load_cells, load_oracle, log_prob_of_latents, new_control
 
 
 def parse() -> argparse.Namespace:
@@ -64,9 +64,7 @@ def main() -> None:
     classifier, cells = classifiers.load(args.classifier).to(base.device), load_cells(args.cells)
     space = Categorical.from_report(read_json(args.dataset / "report.json"))
     space.check([y for _, y in cells])
-    lora = settings["lora"]
-    min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
-    control = controls.Control(base, space.num_classes, lora["rank"], lora["target_modules"], config["seed"], min_timestep)
+    control = new_control(base, process, space.num_classes, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
         f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",

@@ -68,6 +68,13 @@ def log_prob_of_latents(base: Base, classifier: classifiers.Classifier) -> Calla
     return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
 
 
+def new_control(base: Base, process: Process, num_classes: int, config: dict) -> Control:
+    """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
+    settings = config["finetune"]
+    min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
+    return Control(base, num_classes, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
+
+
 def pretrained_denoiser(base: Base, process: Process, config: dict) -> MakeDenoiser:
     """The pretrained model, whatever the labels."""
     return lambda prompts, labels: base.denoiser(process, prompts, config["sampler"]["guidance_scale"])

@@ -53,17 +53,21 @@ def train(
     `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures. The trainer
     `supervised` learns from `examples`, the others from trajectories.
     """
-    groups = task.control.groups(config["learning_rate"], config["embedding_learning_rate"])
-    optimizer = torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
     online = config["trainer"] != "supervised"
     gradient = gradient_function(task, log_prob, config) if online else supervised_gradient(task, examples, config["batch_size"])
     probe = probe_function(task, score, config["probe"]["num_images"], config["micro_batch_size"])
     return loop.run(
-        task.control.parameters(), optimizer, gradient, probe, num_updates, folder, config["max_grad_norm"],
+        task.control.parameters(), optimizer_of(task.control, config), gradient, probe, num_updates, folder, config["max_grad_norm"],
         config["checkpoint_every"], config["probe"]["every"], identity, on_row,
         lambda update: learning_rate_factor(update, num_updates, warmup, decay),
     )  # fmt: skip
+
+
+def optimizer_of(control: Control, config: dict) -> torch.optim.Optimizer:
+    """AdamW on all that is trained, by the finetune section `config`."""
+    groups = control.groups(config["learning_rate"], config["embedding_learning_rate"])
+    return torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
 
 
 def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
