@@ -3,6 +3,7 @@
 # Needs  results/{experiment}/{samples, evaluation}/{method}, results/{experiment}/adapters/{adapter}/history.jsonl
 # Makes  results/{experiment}/tables/{results, paper}.{csv, md, tex}
 #        results/{experiment}/figures/*.png, figures_paper/*.png, figures/gamma_sweep.png
+#        results/{experiment}/methods.md
 
 
 rule tabulate:
@@ -138,9 +139,44 @@ rule sweep:
         f"{RESULTS}/figures/gamma_sweep.png",
 
 
+rule write_methods_page:
+    """The page on all methods, from the long table: what each computes and needs, its row, and what the figures say."""
+    input:
+        code=["scripts/write_methods_page.py", "ctrl/methods_page.py", "ctrl/tables.py"],
+        methods="config/methods.tsv",
+        table="results/{experiment}/tables/paper.csv",
+        samples=expand("results/{{experiment}}/samples/{method}/samples.json", method=methods("paper")),
+        adapters=expand("results/{{experiment}}/adapters/{adapter}/adapter.json", adapter=adapters("paper")),
+        figures=expand("results/{{experiment}}/figures_paper/{name}.png", name=("teaser", "sizes", "training")),
+        sweep="results/{experiment}/figures/gamma_sweep.png",
+    output:
+        page="results/{experiment}/methods.md",
+    log:
+        "results/{experiment}/logs/write_methods_page.txt",
+    resources:
+        mem_mb=1000,
+        runtime=5,
+    params:
+        config="results/{experiment}/config.json",
+        command="snakemake paper --cores all",
+    shell:
+        """
+        python scripts/write_methods_page.py \
+            --config {params.config:q} \
+            --table {input.table:q} \
+            --methods {input.methods:q} \
+            --samples {input.samples:q} \
+            --adapters {input.adapters:q} \
+            --command {params.command:q} \
+            --figures {input.figures:q} {input.sweep:q} \
+            --output {output.page:q} 2>&1 | tee {log:q}
+        """
+
+
 rule paper:
-    """The long run: the demo, the further rows of the table, the sweep of gamma."""
+    """The long run: the demo, the further rows of the table, the sweep of gamma, the page on all methods."""
     input:
         all_targets(),
         all_targets("paper"),
         f"{RESULTS}/figures/gamma_sweep.png",
+        f"{RESULTS}/methods.md",
