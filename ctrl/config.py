@@ -71,6 +71,21 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
 
 
+def check_scales(methods: dict[str, dict], tuning: dict) -> dict[str, dict]:
+    """The rows of methods.tsv, by the method's name; UserError where one has no scales in the section `tuning`, or scales have no row."""
+    tuned = {row["guidance"]: name for name, row in methods.items() if row["family"] in ("guidance", "cfg")}
+    if missing := tuned.keys() - tuning.keys():
+        name = min(missing)
+        raise UserError(f"config/methods.tsv, method {tuned[name]}: no scales to try; add tuning.{name}: {{scale: [...]}} to the config")
+    if unknown := tuning.keys() - tuned.keys() - {"num_images"}:
+        name, known = min(unknown), [*tuned, "num_images"]
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"config: unknown key tuning.{name}; " + (f"did you mean tuning.{near[0]}?" if near else f"known: {', '.join(known)}")
+        )
+    return methods
+
+
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "methods")}
 
 

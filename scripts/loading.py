@@ -1,7 +1,6 @@
 """From the configuration and files to the objects of the library: what several scripts load alike."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +10,13 @@ from torch import Tensor
 
 from ctrl import base as base_models
 from ctrl import classifier as classifiers
-from ctrl import noisy
 from ctrl.base import Base
 from ctrl.control import Control
 from ctrl.errors import UserError
-from ctrl.generate import Draw, MakeDenoiser
-from ctrl.guidance.classifier import classifier_guidance
-from ctrl.guidance.mpgd import mpgd
-from ctrl.guidance.particles import smc, svdd
-from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.generate import MakeDenoiser
 from ctrl.io import read_json
 from ctrl.oracles import get_oracle, score_to_label, to_pil
 from ctrl.process import Process
-from ctrl.sampling import noise_of
-
-# The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
-GUIDANCE = {
-    "reconstruction_guidance": reconstruction_guidance,
-    "reconstruction_guidance_constant": partial(reconstruction_guidance, weighting="constant"),
-    "mpgd": mpgd,
-}
 
 
 def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Process]:
@@ -90,43 +76,3 @@ def label_guidance_denoiser(control: Control, process: Process, config: dict, sc
     """Classifier-free guidance on the label, by an adapter that was trained for it."""
     guidance_scale = config["sampler"]["guidance_scale"]
     return lambda prompts, labels: control.guided_denoiser(process, prompts, labels, scale, guidance_scale)
-
-
-def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float, guidance: str) -> MakeDenoiser:
-    """The pretrained model under one of GUIDANCE, or under `classifier_guidance` by a folder with a classifier of noisy latents."""
-    if guidance == "classifier_guidance":
-        net, denoiser = noisy.load(classifier).to(base.device), pretrained_denoiser(base, process, config)
-        return lambda prompts, y: classifier_guidance(denoiser(prompts, y), process, net.log_prob(process, y), scale)
-    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
-    pretrained = pretrained_denoiser(base, process, config)
-    return lambda prompts, labels: GUIDANCE[guidance](
-        pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale
-    )
-
-
-def particle_draw(base: Base, process: Process, config: dict, classifier: Path, method: str) -> Draw:
-    """`smc` or `svdd`, with `particles` of the config for each image; particle 0 of an image has its seed, the others seeds behind all.
-
-    About `sampler.batch_size` particles go through the network at a time. smc adds the column effective_sample_size: one number a step.
-    """
-    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
-    pretrained = pretrained_denoiser(base, process, config)
-    num, gamma = config["particles"], config["finetune"]["gamma"]
-    at_a_time = max(1, config["sampler"]["batch_size"] // num)
-
-    def draw_some(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        particles = [seed + k * 10**10 for seed in seeds for k in range(num)]
-        noise = noise_of(particles, base.latent_shape, process.num_steps, base.device)
-        many = labels.repeat_interleave(num).to(base.device)
-        denoiser = pretrained([prompt for prompt in prompts for _ in range(num)], many)
-        settings = process, denoiser, lambda x_0: log_prob(x_0, many), noise, num
-        if method == "svdd":
-            return svdd(*settings), None
-        return smc(*settings, gamma, [torch.Generator().manual_seed(seed) for seed in seeds])
-
-    def draw(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, dict[str, list]]:
-        parts = [slice(start, start + at_a_time) for start in range(0, len(prompts), at_a_time)]
-        x_0, sizes = zip(*(draw_some(prompts[part], labels[part], seeds[part]) for part in parts), strict=True)
-        return torch.cat(x_0), {} if method == "svdd" else {"effective_sample_size": torch.cat(sizes, dim=1).T.tolist()}
-
-    return draw

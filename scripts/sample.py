@@ -16,16 +16,15 @@ from ctrl.oracles import to_pil
 from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
+from scripts.guided import guidance_denoiser, particle_draw
 from scripts.loading import (
     adapter_denoiser,
-    guidance_denoiser,
     label_guidance_denoiser,
     load_base,
     load_cells,
     load_method,
     load_oracle,
     log_prob_of_latents,
-    particle_draw,
     pretrained_denoiser,
 )
 
@@ -108,7 +107,8 @@ def main() -> None:
     else:
         batches = generate(base, rows, draw, batch_size)
 
-    with run(config, config["experiment"], f"sample {args.output.parent.name}/{args.output.name}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
+    name = f"sample {args.output.name}" + (" (validation)" if args.split == "val" else "")
+    with run(config, config["experiment"], name, {"method": args.method, "split": args.split}, config["mlflow"]["tracking_uri"]) as tracker:
         with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:
             (folder / "images").mkdir()
             tables = []

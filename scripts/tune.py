@@ -16,7 +16,8 @@ from ctrl.io import read_json, write_json
 from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import guidance_denoiser, label_guidance_denoiser, load_base, load_cells, load_method
+from scripts.guided import guidance_denoiser
+from scripts.loading import label_guidance_denoiser, load_base, load_cells, load_method
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, merge, resolve
+from ctrl.config import MIXTURE, check, check_scales, merge, resolve
 from ctrl.errors import UserError
 from scripts import common
 
@@ -39,7 +39,8 @@ def test_the_default_configuration_is_complete_and_nothing_else():
     schema, defaults = json.loads(common.SCHEMA.read_text()), yaml.safe_load(common.DEFAULTS.read_text())
     assert load_defaults() == resolve(defaults, schema)
     for key, inner in properties(schema):
-        assert inner["additionalProperties"] is False, key
+        # (which methods there are to tune, methods.tsv says: see check_scales)
+        assert inner["additionalProperties"] is False or key == "tuning", key
         assert inner["required"] == [name for name in inner["properties"] if name not in MIXTURE.get(key or None, ())], key
 
 
@@ -116,3 +117,15 @@ def test_a_missing_key_is_named():
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     with pytest.raises(UserError, match="config: a is missing"):
         check({}, schema)
+
+
+METHODS = {"dps": {"family": "guidance", "guidance": "mpgd"}, "smc": {"family": "particles", "guidance": "smc"}}
+
+
+def test_every_guided_method_has_scales_and_every_scale_a_method():
+    scales = {"num_images": 8, "mpgd": {"scale": [1.0]}}
+    assert check_scales(METHODS, scales) is METHODS
+    with pytest.raises(UserError, match="method dps: no scales to try; add tuning.mpgd"):
+        check_scales(METHODS, {"num_images": 8})
+    with pytest.raises(UserError, match="unknown key tuning.mpdg; did you mean tuning.mpgd?"):
+        check_scales(METHODS, scales | {"mpdg": {"scale": [1.0]}})

@@ -9,7 +9,7 @@ from ctrl.generate import generate
 from ctrl.guidance.particles import smc, svdd, systematic
 from ctrl.process import Process
 from ctrl.sampling import sample
-from scripts.loading import particle_draw
+from scripts.guided import particle_draw
 
 ABAR = torch.sigmoid(torch.linspace(-8, 8, 41, dtype=torch.float64))
 PROCESS = Process(torch.arange(40).flip(0), ABAR[:-1], ABAR[1:])

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -140,7 +141,7 @@ def closure(path: str) -> set[str]:
 def code_lists() -> dict:
     """The variables of common.smk that list code."""
     text = (ROOT / "workflow/rules/common.smk").read_text()
-    namespace = {}
+    namespace = {"Path": Path}
     exec(text[text.index("CORE = [") : text.index("IMAGES, *TABLES")], namespace)
     return namespace
 

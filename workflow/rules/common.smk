@@ -14,7 +14,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check, for_adapter, resolve
+from ctrl.config import UserError, check, check_scales, for_adapter, resolve
 
 
 def read_methods(path: str) -> dict[str, dict]:
@@ -36,7 +36,7 @@ def write_config(path: Path) -> None:
 
 try:
     config |= resolve(json.loads(json.dumps(config)), json.loads((ROOT / "workflow/schemas/config.schema.json").read_text()))
-    METHODS = read_methods("config/methods.tsv")
+    METHODS = check_scales(read_methods("config/methods.tsv"), config["tuning"])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # Snakemake would wrap any exception in a traceback
@@ -58,7 +58,7 @@ wildcard_constraints:
 CORE = [f"ctrl/{name}.py" for name in ("base", "process", "sampling", "generate", "oracles", "pairs")] + ["scripts/loading.py"]
 CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
-GUIDANCE = [*(f"ctrl/guidance/{n}.py" for n in ("classifier", "mpgd", "particles", "reconstruction")), "ctrl/noisy.py", *CLASSIFIER]
+GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
 TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
 CODE = {

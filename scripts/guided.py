@@ -1,0 +1,67 @@
+"""Methods that steer the pretrained model while it samples: from the configuration and a classifier's folder to denoisers and samplers."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctrl import classifier as classifiers
+from ctrl import noisy
+from ctrl.base import Base
+from ctrl.generate import Draw, MakeDenoiser
+from ctrl.guidance.classifier import classifier_guidance
+from ctrl.guidance.mpgd import mpgd
+from ctrl.guidance.particles import smc, svdd
+from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.process import Process
+from ctrl.sampling import noise_of
+from scripts.loading import log_prob_of_latents, pretrained_denoiser
+
+# The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
+GUIDANCE = {
+    "reconstruction_guidance": reconstruction_guidance,
+    "reconstruction_guidance_constant": partial(reconstruction_guidance, weighting="constant"),
+    "mpgd": mpgd,
+}
+
+
+def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Path, scale: float, guidance: str) -> MakeDenoiser:
+    """The pretrained model under one of GUIDANCE, or under `classifier_guidance` by a folder with a classifier of noisy latents."""
+    if guidance == "classifier_guidance":
+        net, denoiser = noisy.load(classifier).to(base.device), pretrained_denoiser(base, process, config)
+        return lambda prompts, y: classifier_guidance(denoiser(prompts, y), process, net.log_prob(process, y), scale)
+    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
+    pretrained = pretrained_denoiser(base, process, config)
+    return lambda prompts, labels: GUIDANCE[guidance](
+        pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale
+    )
+
+
+def particle_draw(base: Base, process: Process, config: dict, classifier: Path, method: str) -> Draw:
+    """`smc` or `svdd`, with `particles` of the config for each image; particle 0 of an image has its seed, the others seeds behind all.
+
+    About `sampler.batch_size` particles go through the network at a time. smc adds the column effective_sample_size: one number a step.
+    """
+    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
+    pretrained = pretrained_denoiser(base, process, config)
+    num, gamma = config["particles"], config["finetune"]["gamma"]
+    at_a_time = max(1, config["sampler"]["batch_size"] // num)
+
+    def draw_some(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        particles = [seed + k * 10**10 for seed in seeds for k in range(num)]
+        noise = noise_of(particles, base.latent_shape, process.num_steps, base.device)
+        many = labels.repeat_interleave(num).to(base.device)
+        denoiser = pretrained([prompt for prompt in prompts for _ in range(num)], many)
+        settings = process, denoiser, lambda x_0: log_prob(x_0, many), noise, num
+        if method == "svdd":
+            return svdd(*settings), None
+        return smc(*settings, gamma, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    def draw(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, dict[str, list]]:
+        parts = [slice(start, start + at_a_time) for start in range(0, len(prompts), at_a_time)]
+        x_0, sizes = zip(*(draw_some(prompts[part], labels[part], seeds[part]) for part in parts), strict=True)
+        return torch.cat(x_0), {} if method == "svdd" else {"effective_sample_size": torch.cat(sizes, dim=1).T.tolist()}
+
+    return draw
