@@ -171,7 +171,7 @@ def page(methods: pd.DataFrame, table: pd.DataFrame, config: dict, origin: Seque
         *markdown_table(["method", "n", *(SHOWN[name][0] for name in quality)], scores, 1),
         "",
         f"95 % bootstrap intervals in brackets; n images a method, on held-out prompts and seeds. `{FLOOR}` is exact: its distance to a",
-        "second such set is the noise floor. Intervals that overlap do not say that two methods are equal: these images do not tell them apart.",
+        "second such set is the noise floor. Where intervals overlap, these images do not tell two methods apart.",
         "",
         "## Cost",
         "",
