@@ -1,5 +1,5 @@
 # make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
-# make paper  the long run: further rows, the sweep of gamma
+# make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the page on all methods
 # make ui     MLflow's pages on what the runs logged
 # make test   all tests;  make lint  style
 PYTHON ?= python3
@@ -35,11 +35,13 @@ demo: $(VENV)/.installed
 	@echo "Runs:     make ui"
 
 paper: $(VENV)/.installed
+	@python scripts/estimate_time.py
 	snakemake --cores $(CORES) paper
 	snakemake --report $(RESULTS)/report.html paper
 	@dvc commit --force --quiet || echo "DVC did not record this run (it needs a git checkout)" >&2
 	@cat $(RESULTS)/tables/paper.md
 	@echo "Sweep of gamma: $(RESULTS)/figures/gamma_sweep.png"
+	@echo "All methods on one page: $(RESULTS)/methods.md"
 
 ui: $(VENV)/.installed
 	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }

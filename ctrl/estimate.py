@@ -1,0 +1,79 @@
+"""How long the long run will take: what the configuration asks for, times what one image and one update cost here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ctrl.config import for_adapter
+
+LEFT_OUT = (
+    "Left out: the dataset, the classifier's training and cost, the evaluations, probes, figures; and labels rarer than one in as many as "
+    "there are, for which rejection draws longer. Costs grow in proportion to the batch here; a GPU is faster."
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the long run, the file (in results/{experiment}) that it leaves, and its seconds."""
+
+    name: str
+    output: str
+    seconds: float
+
+
+def image_cost(method: Mapping, config: Mapping) -> tuple[str, float]:
+    """What an image of a row of methods.tsv costs: `plain` or `guided` (with a gradient), and how many of these."""
+    particles, labels = config["particles"], config["label"]["num_classes"]
+    factor = {"rejection": labels, "particles": particles, "cfg": 2}.get(method["family"], 1)
+    return ("guided" if method["family"] == "guidance" else "plain"), factor
+
+
+def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], update: Mapping[str, float], start: float) -> list[Job]:
+    """All jobs of the long run that draw images or train.
+
+    `image` has the seconds of a `plain` and of a `guided` image, `update` those of an update of every adapter in `adapters_of`, `start`
+    what starting a job takes.
+    """
+    by_name = {m["method"]: m for m in methods}
+    subjects, labels = len(config["prompts"]["subjects"]), config["label"]["num_classes"]
+    num_images = config["evaluation"]["images_per_label"] * labels
+
+    def draw(name: str, output: str, num: int, method: Mapping) -> Job:
+        kind, factor = image_cost(method, config)
+        return Job(name, output, start + num * factor * image[kind])
+
+    plain = {"family": "pretrained"}
+    found = [draw("images of the pretrained model", "pool/samples.parquet", config["pool"]["images_per_subject"] * subjects, plain)]
+    if config["dataset"]["kind"] == "generated":
+        found.append(draw("the dataset's images", "generated/samples.parquet", config["dataset"]["num_generated"], plain))
+    for adapter in adapters_of(config, methods):
+        seconds = for_adapter(config, adapter)["finetune"]["num_updates"] * update[adapter]
+        found.append(Job(f"train {adapter}", f"adapters/{adapter}/adapter.json", start + seconds))
+    for name, method in by_name.items():
+        if scales := config["tuning"].get(method["guidance"], {}):
+            num = config["tuning"]["num_images"] * len(scales["scale"])
+            found.append(draw(f"tune {name}", f"tuning/{method['guidance']}.json", num, method))
+        found.append(draw(f"sample {name}", f"samples/{name}/samples.parquet", num_images, method))
+    rejection = {"family": "rejection"}
+    for folder in ("samples/rejection_reference", "samples_val/rejection"):
+        found.append(draw(f"sample {folder}", f"{folder}/samples.parquet", num_images, rejection))
+    for adapter in sweep_of(config):
+        found.append(draw(f"sample samples_val/{adapter}", f"samples_val/{adapter}/samples.parquet", num_images, plain))
+    return found
+
+
+def sweep_of(config: Mapping) -> list[str]:
+    """The adapters of the sweep of gamma: `ctrl` is the one with the configured gamma."""
+    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
+
+
+def adapters_of(config: Mapping, methods: Sequence[Mapping]) -> list[str]:
+    """Every adapter that the long run trains."""
+    return list(dict.fromkeys([*(m["adapter"] for m in methods if m["adapter"]), *sweep_of(config)]))
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `12 min` or `40 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
