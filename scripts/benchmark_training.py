@@ -78,8 +78,8 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
     before = base.peak_memory_mb()
     with tempfile.TemporaryDirectory() as folder:
         history = loop.run(
-            control.parameters(), optimizer_of(control, settings), lambda k: (gradient if k else warm_up)(numbers[k]), lambda k: {}, len(numbers),
-            Path(folder), settings["max_grad_norm"], len(numbers), len(numbers), "benchmark",
+            control.parameters(), optimizer_of(control, settings), lambda k: (gradient if k else warm_up)(numbers[k]), lambda k: {},
+            len(numbers), Path(folder), settings["max_grad_norm"], len(numbers), len(numbers), "benchmark",
         )[1:]  # fmt: skip
     mean = {key: sum(row[key] for row in history) / len(history) for key in ("seconds", "unet_forward", "unet_backward")}
     return {
