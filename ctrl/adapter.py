@@ -81,7 +81,11 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
         trained = f"CTRL (Zhao et al., ICLR 2025): samples of p(x | c) p(y | x)^gamma with gamma = {gamma:g}"
         if gamma == math.inf:
             trained = "back-propagation of the reward alone, without a KL: it draws from no conditional law"
-        outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
+        if settings["trainer"] == "policy_gradient":
+            trained = f"policy gradients (Black et al. 2023): samples of p(x | c) exp(gamma · [the oracle says y]) with gamma = {gamma:g}"
+            outcome = f"; at the end the reward = {last['reward']:.3f}, KL = {last['kl_nats']:.3f} nats"
+        else:
+            outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
     card = CARD.format(
         **described | {"labels": labels, "folder": folder, "prompt": prompt},
         updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,

@@ -64,6 +64,12 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
         raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
+    reuse, every = finetune["policy_gradient"]["reuse"], finetune["checkpoint_every"]
+    if finetune["trainer"] == "policy_gradient" and (finetune["truncation"] or every % reuse):
+        raise UserError(
+            f"{where}: finetune.trainer is policy_gradient; it takes no truncation (null), and a checkpoint_every that is a multiple of "
+            f"policy_gradient.reuse: not {every} with {reuse}"
+        )
     softening = finetune["temperature"]
     if softening["hold"] > softening["end"]:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")

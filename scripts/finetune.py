@@ -22,7 +22,7 @@ from ctrl.io import read_json, read_parquet
 from ctrl.labels import Categorical
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_cells, load_oracle, log_prob_of_latents, new_control
+from scripts.loading import agreement_of_latents, load_base, load_cells, load_oracle, log_prob_of_latents, new_control
 
 
 def parse() -> argparse.Namespace:
@@ -71,7 +71,8 @@ def main() -> None:
         flush=True,
     )
 
-    log_prob, oracle = log_prob_of_latents(base, classifier), load_oracle(args.dataset)
+    oracle, black_box = load_oracle(args.dataset), settings["trainer"] == "policy_gradient"
+    log_prob = agreement_of_latents(base, oracle) if black_box else log_prob_of_latents(base, classifier)
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         return {"oracle_accuracy": float((torch.tensor(oracle(images)) == labels).double().mean())}

@@ -54,6 +54,16 @@ def log_prob_of_latents(base: Base, classifier: classifiers.Classifier) -> Calla
     return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
 
 
+def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """1 where the oracle gives decode(x_0) the label asked for, else 0, with shape (B,); a black box, without a gradient."""
+
+    @torch.no_grad()
+    def agreement(x_0: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+        return (torch.as_tensor(oracle(base.decode(x_0)), device=y.device) == y).float()
+
+    return agreement
+
+
 def new_control(base: Base, process: Process, num_classes: int, config: dict) -> Control:
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]

@@ -28,7 +28,8 @@ base = bases.load(sys.argv[1])
 process = base.process(4)
 control = Control(base, 2, 4, ["to_q", "to_v", "conv1"])
 config = dict(batch_size=6, micro_batch_size=3, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=[1, 3],
-              trainer="backprop", gradient_checkpointing=False, num_updates=9, coarse=dict(stride=2, end=0.5),
+              trainer=sys.argv[4], policy_gradient=dict(reuse=2, clip=0.2),
+              gradient_checkpointing=False, num_updates=9, coarse=dict(stride=2, end=0.5),
               temperature=dict(start=0.8, hold=0.2, end=0.6), max_adjoint_norm=1.0)
 log_prob = lambda x_0, y, temperature: -(base.decode(x_0).mean(dim=(1, 2, 3)) - y).square() / temperature
 cells = [("coat", 0), ("coat", 1), ("bag", 1)]
@@ -39,9 +40,9 @@ loop.run(control.parameters(), optimizer, gradient, lambda u: dict(probe=float(u
 """
 
 
-def start(tiny_sd, folder, settings="a"):
+def start(tiny_sd, folder, settings="a", trainer="backprop"):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN, str(tiny_sd), str(folder), settings]
+    command = [sys.executable, "-c", RUN, str(tiny_sd), str(folder), settings, trainer]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -52,15 +53,16 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path):
-    assert finish(start(tiny_sd, tmp_path / "whole")) == list(range(1, NUM_UPDATES + 1))
-    killed = start(tiny_sd, tmp_path / "killed")
+@pytest.mark.parametrize("trainer", ["backprop", "policy_gradient"])
+def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path, trainer):
+    assert finish(start(tiny_sd, tmp_path / "whole", trainer=trainer)) == list(range(1, NUM_UPDATES + 1))
+    killed = start(tiny_sd, tmp_path / "killed", trainer=trainer)
     for line in killed.stdout:
         if int(line) == 5:
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate()
-    assert finish(start(tiny_sd, tmp_path / "killed"))[0] in (5, 7), "resumes after the last checkpoint, every 2 updates"
+    assert finish(start(tiny_sd, tmp_path / "killed", trainer=trainer))[0] in (5, 7), "resumes after the last checkpoint, every 2 updates"
     whole, resumed = (load_tensors(tmp_path / name / "checkpoints" / loop.CHECKPOINT) for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys() and len(whole) > 10
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -12,9 +12,10 @@ from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, within_cell_variance
+from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.supervised import supervised
 from ctrl.pairs import draw
-from ctrl.process import Process
+from ctrl.process import Denoiser, Process
 from ctrl.sampling import noise_of, sample
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
@@ -50,8 +51,8 @@ def train(
 ) -> list[dict]:  # fmt: skip
     """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
-    `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable; `score(images, labels)` the probe's figures. The trainer
-    `supervised` learns from `examples`, the others from trajectories.
+    `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable but for `policy_gradient`, to which it is a
+    black box; `score(images, labels)` the probe's figures. The trainer `supervised` learns from `examples`, the others from trajectories.
     """
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
     online = config["trainer"] != "supervised"
@@ -70,55 +71,133 @@ def optimizer_of(control: Control, config: dict) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=tuple(config["betas"]), weight_decay=config["weight_decay"])
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The trajectories of an update: their process, of long or of the sampler's own steps, prompts, subjects, labels and seeds."""
+
+    process: Process
+    prompts: Sequence[str]
+    subjects: Sequence[str]
+    labels: Tensor
+    seeds: Tensor
+    generator: torch.Generator
+
+    def part(self, task: Task, rows: Tensor, recompute: bool) -> tuple[Denoiser, Denoiser, Tensor, Tensor]:
+        """psi, pre, labels and noise of the trajectories `rows`."""
+        control, prompts, y = task.control, [self.prompts[k] for k in rows], self.labels[rows].to(task.control.base.device)
+        psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
+        pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
+        noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
+        return (*((recomputed(psi), recomputed(pre)) if recompute else (psi, pre)), y, noise)
+
+    def variance(self, log_w: Tensor) -> float:
+        """var_log_w of this batch."""
+        return within_cell_variance(log_w, list(zip(self.subjects, self.labels.tolist(), strict=True)))
+
+
+def batch_function(task: Task, config: dict) -> Callable[[int], Batch]:
+    """`batch(update)`, which follows from the update's number alone."""
+    # What longer steps teach holds for the sampler's own but for little, and costs less.
+    long_steps = task.process.coarse(config["coarse"]["stride"], task.control.active(task.process))
+
+    def batch(update: int) -> Batch:
+        process = long_steps if update / config["num_updates"] < config["coarse"]["end"] else task.process
+        generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
+        drawn = draw(task.cells, task.templates, config["batch_size"], generator)
+        return Batch(process, *drawn, torch.randint(2**62, (config["batch_size"],), generator=generator), generator)
+
+    return batch
+
+
+def counted(control: Control, gradient: Callable[[int], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+    """`gradient`, whose figures also say how many images went through the UNet, forward and backward."""
+
+    def counting(update: int) -> dict[str, float]:
+        passes = control.base.passes
+        before = passes.forward, passes.backward
+        figures = gradient(update)
+        return figures | {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
+
+    return counting
+
+
+def kl_weight_of(task: Task, config: dict) -> float:
+    """The weight of the summed KL."""
+    return summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(task.control.base.latent_shape).numel())
+
+
 def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`."""
-    control, guidance_scale = task.control, task.guidance_scale
-    # What longer steps teach holds for the sampler's own but for little, and costs less.
-    long_steps = task.process.coarse(config["coarse"]["stride"], control.active(task.process))
-    size, micro = config["batch_size"], config["micro_batch_size"]
-    shape = control.base.latent_shape
-    kl_weight = summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(shape).numel())
+    if config["trainer"] == "policy_gradient":
+        return policy_gradient_function(task, log_prob, config)
+    batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
     # A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.
     softening, gamma = config["temperature"], config["gamma"]
     start = max(1.0, softening["start"] * gamma)
     max_adjoint_norm = None if config["max_adjoint_norm"] is None else config["max_adjoint_norm"] * gamma
 
     def gradient(update: int) -> dict[str, float]:
-        passes = control.base.passes
-        before = passes.forward, passes.backward
-        done = update / config["num_updates"]
-        process = long_steps if done < config["coarse"]["end"] else task.process
-        generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
-        prompts, subjects, labels = draw(task.cells, task.templates, size, generator)
-        seeds = torch.randint(2**62, (size,), generator=generator)
+        batch = batch_of(update)
         cut = {}
         if config["truncation"]:
             low, high = config["truncation"]
-            cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=generator).clamp(max=process.num_steps)}
-        temperature = annealed(done, start, softening["hold"], softening["end"])
+            cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=batch.generator).clamp(max=batch.process.num_steps)}
+        temperature = annealed(update / config["num_updates"], start, softening["hold"], softening["end"])
         parts = []
-        for part in torch.arange(size).split(micro):
-            chosen, y = [prompts[k] for k in part], labels[part].to(control.base.device)
-            psi = control.denoiser(process, chosen, y, guidance_scale)
-            pre = control.base_denoiser(process, chosen, guidance_scale)
-            if config["gradient_checkpointing"]:
-                psi, pre = recomputed(psi), recomputed(pre)
-            noise = noise_of(seeds[part].tolist(), shape, process.num_steps, control.base.device)
+        for rows in torch.arange(size).split(config["micro_batch_size"]):
+            psi, pre, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
             parts.append(
                 TRAINERS[config["trainer"]](
-                    process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
-                    active=control.active(process), max_adjoint_norm=max_adjoint_norm, **{key: k[part] for key, k in cut.items()},
+                    batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
+                    active=task.control.active(batch.process), max_adjoint_norm=max_adjoint_norm,
+                    **{key: k[rows] for key, k in cut.items()},
                 )
             )  # fmt: skip
         terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
-        log_w = gamma * terms["log_prob"] - terms["log_ratio"]
         loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
-        variance = within_cell_variance(log_w, list(zip(subjects, labels.tolist(), strict=True)))
-        counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
-        return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance, **counts}
+        variance = batch.variance(gamma * terms["log_prob"] - terms["log_ratio"])
+        return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance}
 
-    return gradient
+    return counted(task.control, gradient)
+
+
+def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
+    """`gradient(update)`, for the loop, by policy gradients; `reward(x_0, y, 1.0)` with shape (B,) is a black box.
+
+    Every `reuse`-th update draws trajectories, and those up to the next learn from them too: a checkpoint between the two would lose them.
+    """
+    settings, kl_weight, gamma, size = config["policy_gradient"], kl_weight_of(task, config), config["gamma"], config["batch_size"]
+    batch_of, held = batch_function(task, config), {}
+
+    def collect(update: int) -> None:
+        batch, paths, rewards = batch_of(update), [], []
+        for rows in torch.arange(size).split(config["micro_batch_size"]):
+            psi, pre, y, noise = batch.part(task, rows, False)
+            paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))
+            with torch.no_grad():
+                rewards.append(reward(paths[-1]["x_0"], y, 1.0).to(noise))
+        r, kl = torch.cat(rewards), torch.cat([path["kl_nats"] for path in paths], 1)
+        advantage = advantages(r, kl, batch.labels.to(r.device), gamma, kl_weight)
+        mean = {"reward": r.mean().item(), "kl_nats": kl.sum(0).mean().item()}
+        loss = kl_weight * mean["kl_nats"] - gamma * mean["reward"]
+        variance = batch.variance((gamma * r - torch.cat([path["log_ratio"] for path in paths])).double().cpu())
+        held.update(batch=batch, paths=paths, advantage=advantage, figures={"loss": loss, **mean, "var_log_w": variance})
+
+    def gradient(update: int) -> dict[str, float]:
+        if update % settings["reuse"] == 0:
+            collect(update)
+        batch, clipped = held["batch"], []
+        for rows, path in zip(torch.arange(size).split(config["micro_batch_size"]), held["paths"], strict=True):
+            psi = batch.part(task, rows, config["gradient_checkpointing"])[0]
+            found = policy_gradient(
+                batch.process, psi, path, held["advantage"][:, rows], settings["clip"], kl_weight, 1 / size,
+                task.control.active(batch.process),
+            )  # fmt: skip
+            clipped.append(found["clipped"])
+        return held["figures"] | {"clipped": torch.cat(clipped).mean().item()}
+
+    return counted(task.control, gradient)
 
 
 def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Callable[[int], dict[str, float]]:
@@ -126,8 +205,6 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
     control, process = task.control, task.process
 
     def gradient(update: int) -> dict[str, float]:
-        passes = control.base.passes
-        before = passes.forward, passes.backward
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
         chosen = torch.randint(len(examples.labels), (batch_size,), generator=generator)
         y = examples.labels[chosen]
@@ -138,10 +215,9 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
 
         x_0 = examples.x_0[chosen.to(examples.x_0.device)]
         figures = supervised(process, denoiser_of, x_0, torch.arange(batch_size), generator, 1 / batch_size, control.active(process))
-        counts = {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
-        return {"loss": figures["loss"].item(), **counts}
+        return {"loss": figures["loss"].item()}
 
-    return gradient
+    return counted(control, gradient)
 
 
 def recomputed(denoiser: Callable) -> Callable:

@@ -60,7 +60,7 @@ CLASSIFIER = ["ctrl/classifier.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
 GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data")]
-TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "recipe", "supervised")]
+TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "policy_gradient", "recipe", "supervised")]
 CODE = {
     "pretrain": ["scripts/pretrain.py", "ctrl/pretrain.py", "ctrl/data.py", "ctrl/dct.py"],
     "train_garments": ["scripts/train_garments.py", "ctrl/features.py", "ctrl/data.py"],
