@@ -1,7 +1,6 @@
 """The estimate of the long run: hand-computed sums, and memory and time that are really measured."""
 
 import pytest
-import torch
 
 from ctrl import estimate, measure, tables
 from ctrl.finetune.recipe import Task
@@ -41,14 +40,6 @@ def test_the_sweep_adds_the_gammas_that_the_table_lacks():
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (719, "12 min"), (3900, "1 h 05 min"), (7199, "2 h 00 min")])
 def test_durations(seconds, text):
     assert estimate.duration(seconds) == text
-
-
-def test_peak_memory_is_of_one_call_alone():
-    if measure.peak_memory_mb(lambda: None) is None:
-        pytest.skip("this system does not tell a peak")
-    large = measure.peak_memory_mb(lambda: torch.ones(400 * 2**18))
-    small = measure.peak_memory_mb(lambda: torch.ones(100 * 2**18))
-    assert large - small == pytest.approx(300, abs=40)
 
 
 def test_an_update_is_scaled_from_its_parts(control, monkeypatch):
