@@ -4,7 +4,7 @@ Trained by maximum likelihood on labelled latents noised to the levels of the sa
 
     x_t = sqrt(ᾱ_t) x_0 + sqrt(1 − ᾱ_t) eps,    loss = −log p_t(y | x_t),    step uniform, eps fresh every time
 
-whose optimum is E[p(y | x_0) | x_t].
+whose optimum is E[p(y | x_0) | x_t]. It sees no prompt: y ⊥ c given x_0 does not make y ⊥ c given x_t, which this method leaves aside.
 """
 
 import copy
@@ -30,7 +30,7 @@ class Block(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
         self.first, self.second = nn.Conv2d(channels_in, channels, 3, stride, 1), nn.Conv2d(channels, channels, 3, 1, 1)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(channels // 8, channels) for _ in range(2))
         self.level = nn.Linear(NoisyClassifier.NUM_TIMES, 2 * channels)
         self.skip = nn.Conv2d(channels_in, channels, 1, stride)
 

@@ -1,8 +1,9 @@
-"""Reconstruction guidance and MPGD where the right answer is known: a Gaussian prior, whose denoiser is linear."""
+"""Guidance where the right answer is known: a Gaussian prior, whose denoiser is linear."""
 
 import pytest
 import torch
 
+from ctrl.guidance.classifier import classifier_guidance
 from ctrl.guidance.mpgd import mpgd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.process import Process
@@ -88,3 +89,24 @@ def test_mpgd_raises_the_log_prob_under_no_grad():
     with torch.no_grad():
         guided = sample(process, mpgd(denoiser, process, log_prob, 0.3), noise)
     assert log_prob(guided).mean() > log_prob(sample(process, denoiser, noise)).mean() + 0.5
+
+
+def noisy_log_prob(x_t, i):
+    return -3.0 * x_t.square().sum(1)
+
+
+def test_classifier_guidance_by_hand():
+    """eps − sqrt(1 − ᾱ_t) · scale · ∇ log p_t = 0.5 x + sqrt(0.7) · 2 · 6 x."""
+    x = torch.randn(4, 3)
+    expected = 0.5 * x + 0.7**0.5 * 2.0 * 6.0 * x
+    with torch.no_grad():
+        assert torch.allclose(classifier_guidance(denoiser, PROCESS, noisy_log_prob, 2.0)(x, 0), expected, rtol=1e-5)
+    assert torch.equal(classifier_guidance(denoiser, PROCESS, noisy_log_prob, 0.0)(x, 0), denoiser(x, 0))
+
+
+def test_classifier_guidance_sends_no_gradient_through_the_network():
+    def opaque(x_t, i):
+        return torch.from_numpy(0.5 * x_t.numpy())
+
+    x = torch.randn(4, 3)
+    assert torch.equal(*(classifier_guidance(d, PROCESS, noisy_log_prob, 1.0)(x, 0) for d in (opaque, denoiser)))

@@ -8,7 +8,8 @@ from scipy.stats import multivariate_normal
 from ctrl.errors import UserError
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
-from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
+from ctrl.guidance.classifier import classifier_guidance
+from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, noisy_log_prob, process_of
 from ctrl.proof import sliced_wasserstein
 from ctrl.sampling import path_statistics, sample
 
@@ -78,6 +79,47 @@ def test_label_is_the_same_in_standardised_coordinates(generator):
     label, x = SoftmaxLinear.from_config([[1, 2], [3, -1]], [0.5, 0], 2), torch.randn(10, 2, generator=generator).double()
     shift, scale = torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 0.5]).double()
     assert torch.allclose(label.affine(shift, scale).log_probs((x - shift) / scale), label.log_probs(x))
+
+
+def grid_posterior(mixture, abar, x_t, num=500):
+    """Points x_0 (N, 2) of a grid, and their probabilities given each x_t, (B, N), straight from Bayes' rule."""
+    axis = torch.linspace(-5, 5, num, dtype=torch.float64)
+    x_0 = torch.cartesian_prod(axis, axis)
+    log_likelihood = -0.5 * (x_t[:, None] - abar**0.5 * x_0).square().sum(2) / (1 - abar)
+    return x_0, (mixture.log_density(x_0) + log_likelihood).softmax(1)
+
+
+@pytest.mark.parametrize("i", [0, 4, 8, 11, 15])
+def test_classifier_guidance_at_scale_one_is_the_denoiser_of_the_conditional_law(problem, generator, i):
+    """p_t(y | x_t) = E[p(y | x_0) | x_t], and with it eps − sqrt(1 − ᾱ_t) ∇ log p_t(y | x_t) = E[eps | x_t, y]: both against a grid."""
+    mixture, label = problem
+    process = process_of(mixture, 20)
+    abar = process.abar_t[i].item()
+    x_t = abar**0.5 * mixture.sample(12, generator) + (1 - abar) ** 0.5 * torch.randn(12, 2, generator=generator).double()
+    x_0, p = grid_posterior(mixture, abar, x_t)
+    y = label.log_probs(abar**-0.5 * x_t).argmax(1)  # a label that is not absurd there
+    p_y = p * label.log_probs(x_0).exp().T[y]
+    log_p = noisy_log_prob(mixture, label, process, y, 4096)
+    assert torch.allclose(log_p(x_t, i), p_y.sum(1).log(), atol=0.01)
+    eps_given_y = (x_t - abar**0.5 * (p_y @ x_0) / p_y.sum(1, keepdim=True)) / (1 - abar) ** 0.5
+    guided = classifier_guidance(mixture.denoiser(process), process, log_p, 1.0)(x_t.float(), i)
+    assert torch.allclose(guided.double(), eps_given_y, atol=0.01)
+    assert (mixture.denoiser(process)(x_t.float(), i) - eps_given_y).abs().max() > 0.02, "the label matters here"
+
+
+@pytest.mark.slow
+def test_classifier_guidance_draws_the_conditional_law(problem, generator):
+    """With many steps no farther from exact samples than 1.5 times what two exact sets are, over the labels."""
+    mixture, label = problem
+    process, n = process_of(mixture, 128), 4_000
+    guided, floor = [], []
+    for y in range(label.num_classes):
+        log_p = noisy_log_prob(mixture, label, process, torch.full((n,), y))
+        denoiser = classifier_guidance(mixture.denoiser(process), process, log_p, 1.0)
+        truth, again = (exact(mixture, label, y, 1.0, n, generator) for _ in range(2))
+        guided.append(sliced_wasserstein(sample(process, denoiser, torch.randn(129, n, 2, generator=generator)), truth))
+        floor.append(sliced_wasserstein(again, truth))
+    assert sum(guided) < 1.5 * sum(floor)
 
 
 def test_sampler_nears_the_mixture_as_steps_grow(problem, generator):

@@ -131,16 +131,23 @@ def test_report(repository, results):
 
 def test_parts_of_the_long_run(repository, results):
     """The sweep of gamma, an adapter trained otherwise, and each kind of sampler that the demo does not have."""
-    samplers = [f"results/smoke/samples/{name}/samples.parquet" for name in ("mpgd", "smc", "svdd")]
+    samplers = [f"results/smoke/samples/{name}/samples.parquet" for name in ("mpgd", "classifier_guidance", "smc", "svdd")]
     done = snakemake(repository, "sweep", "results/smoke/evaluation/cfg.json", *samplers, *ARGUMENTS, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]
     assert (results / "figures" / "gamma_sweep.png").is_file()
     adapters = {path.parent.name: json.loads(path.read_text()) for path in (results / "adapters").glob("*/adapter.json")}
     assert adapters["ctrl_gamma1"]["gamma"] == 1
     assert adapters["cfg"]["finetune"]["trainer"] == "supervised" and adapters["ctrl"]["finetune"]["trainer"] == "backprop"
-    costs = {name: pd.read_parquet(results / "samples" / name / "samples.parquet") for name in ("pretrained", "mpgd", "smc", "svdd", "cfg")}
+    costs = {
+        name: pd.read_parquet(results / "samples" / name / "samples.parquet")
+        for name in ("pretrained", "mpgd", "classifier_guidance", "smc", "svdd", "cfg")
+    }
     passes = {name: table["nfe_forward"].mean() for name, table in costs.items()}
     steps = passes["pretrained"]
     assert passes["mpgd"] == steps and costs["mpgd"]["nfe_backward"].max() == 0, "no gradient through the network"
+    assert passes["classifier_guidance"] == steps and costs["classifier_guidance"]["nfe_backward"].max() == 0, "nor here"
+    measured = json.loads((results / "noisy_classifier" / "metrics.json").read_text())["val"]
+    assert len(measured) == steps and (results / "noisy_classifier" / "accuracy_by_timestep.png").is_file()
+    assert (costs["smc"]["effective_sample_size"].map(len) == steps + 1).all()
     assert passes["smc"] == passes["svdd"] == 2 * steps, "two particles an image"
     assert passes["cfg"] > steps
