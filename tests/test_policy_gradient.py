@@ -77,19 +77,26 @@ def test_the_clip_takes_the_gradient_of_what_went_far_enough():
 
 
 def test_updates_raise_the_objective():
-    """From a reward that has no gradient at all: right or wrong."""
-    noise, psi = torch.randn(4, 4000, 2, generator=torch.Generator().manual_seed(5)).double(), Toy()
-    psi.load_state_dict(PRE.state_dict())
+    """From a reward that has no gradient at all, right or wrong: one vector, added to every step's noise, learns to lead there."""
+    noise, shift = torch.randn(4, 4000, 2, generator=torch.Generator().manual_seed(5)).double(), torch.zeros(2).double().requires_grad_()
+    generator, optimizer = torch.Generator().manual_seed(6), torch.optim.Adam([shift], 0.02)
+
+    def psi(x, i):
+        return PRE(x, i) + shift
 
     def right(x):
-        return (x[:, 0].abs() < 0.5).double()
+        return (x[:, 0] > 0.5).double()
 
     def objective():
         path = rollout(PROCESS, psi, PRE, noise)
-        return (3 * right(path["x_0"]) - path["kl_nats"].sum(0)).mean().item()
+        return (5 * right(path["x_0"]) - path["kl_nats"].sum(0)).mean().item()
 
-    before, optimizer, generator = objective(), torch.optim.Adam(psi.parameters(), 0.03), torch.Generator().manual_seed(6)
+    before = objective()
     for _ in range(40):
-        gradient(psi, torch.randn(4, 256, 2, generator=generator).double(), 3.0, reward=right)
+        path = rollout(PROCESS, psi, PRE, torch.randn(4, 256, 2, generator=generator).double())
+        advantage = advantages(right(path["x_0"]), path["kl_nats"], torch.zeros(256, dtype=torch.long), 5.0)
+        optimizer.zero_grad()
+        policy_gradient(PROCESS, psi, path, advantage, 0.2, share=1 / 256)
         optimizer.step()
-    assert objective() > before + 0.1
+    assert objective() > before + 0.05
+    assert abs(shift[0]) > 5 * abs(shift[1]), "what the reward does not see stays"

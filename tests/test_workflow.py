@@ -65,7 +65,7 @@ def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     jobs = plan(repository, "paper")
     assert jobs["finetune"] == 8  # gamma 1, 3, 10 and 30, of which the configuration's is `ctrl`; and the four other adapters
     assert jobs["sample_val"] == 5  # the four of the sweep and the reference
-    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (15, 14, 4)
+    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (16, 15, 4)
     assert jobs["tabulate"] == 2
     assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
 
