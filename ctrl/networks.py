@@ -31,6 +31,7 @@ class DctNetwork(nn.Module):
     """
 
     WIDTH, NUM_FEATURES, SHARPNESS, BOUND = 32, 129, 0.1, 3.0
+    LOWEST = 0.0  # bound on the weights of the fit
 
     def __init__(self, num_outputs: int, positive: bool):
         super().__init__()
@@ -69,7 +70,7 @@ class DctNetwork(nn.Module):
             return None
         z = ((features - self.shift) * self.scale).double().numpy()
         design, target = np.c_[z, np.ones(len(z))], targets.double().numpy()
-        lowest = np.r_[np.zeros(z.shape[1]), -np.inf]
+        lowest = np.r_[np.full(z.shape[1], self.LOWEST), -np.inf]
         fit = scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
         residual = max(float(np.std(target - design @ fit)), 1e-3)
         with torch.no_grad():
@@ -86,6 +87,16 @@ class DctNetwork(nn.Module):
             return linear + correction
         mean = linear[:, 0] + self.bound * torch.tanh(correction[:, 0])
         return torch.cat([mean[:, None], correction[:, 1:]], dim=1)
+
+
+class PixelNetwork(DctNetwork):
+    """The same on the 8x8 means of the pixels, with weights of any sign: for scores such as brightness that are nearly linear in them."""
+
+    NUM_FEATURES, LOWEST = 3 * 64, -np.inf
+
+    def features(self, images: Tensor) -> Tensor:
+        """Means over an 8x8 grid of each channel, shape (B, 192)."""
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
 class ResidualBlock(nn.Module):
@@ -165,4 +176,4 @@ def load_clip(model: str, pretrained: str | None) -> nn.Module:
     return clip.eval().requires_grad_(False)
 
 
-NETWORKS = {"dct": DctNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}
+NETWORKS = {"dct": DctNetwork, "pixels": PixelNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}

@@ -13,13 +13,15 @@ from ctrl import base as base_models
 from ctrl import classifier as classifiers
 from ctrl.base import Base
 from ctrl.control import Control
+from ctrl.data import measured_labels
 from ctrl.errors import UserError
 from ctrl.generate import Draw, MakeDenoiser
 from ctrl.guidance.mpgd import mpgd
 from ctrl.guidance.particles import smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.io import read_json
-from ctrl.oracles import get_oracle, score_to_label, to_pil
+from ctrl.labels import factors_of
+from ctrl.oracles import get_oracle, to_pil
 from ctrl.process import Process
 from ctrl.sampling import noise_of
 
@@ -50,18 +52,33 @@ def load_method(name: str, path: Path) -> pd.Series:
 
 
 def load_cells(path: Path) -> list[tuple[str, int]]:
-    """The (subject, label) pairs of cells.json."""
+    """The (subject, label) pairs of cells.json that the table asks for."""
     return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
+
+
+def load_training_cells(path: Path) -> list[tuple[str, int]]:
+    """The pairs to train on: with several factors also labels that leave some of them free, and no combination that is held out."""
+    cells = read_json(path)
+    held_out = cells.get("held_out", [])
+    training = [(subject, int(label)) for subject, label in cells["cells"] + cells.get("free", []) if label not in held_out]
+    if not training:
+        raise UserError(f"{path}: no (subject, label) pair is left to train on; hold out fewer combinations (label.held_out)")
+    return training
 
 
 def load_oracle(dataset: Path) -> Callable[[Tensor], np.ndarray]:
     """The function from images in [-1, 1] with shape (B, 3, H, W) to their labels, with the bins of a dataset's report.json."""
     report = read_json(dataset / "report.json")
-    oracle = get_oracle(report["oracle"])
-    return lambda images: score_to_label(np.array([oracle(image) for image in to_pil(images)]), report["edges"], report["descending"])
+    oracles = {factor["oracle"]: get_oracle(factor["oracle"]) for factor in factors_of(report)}
+
+    def labels_of(images: Tensor) -> np.ndarray:
+        pictures = to_pil(images)
+        return measured_labels({name: np.array([oracle(image) for image in pictures]) for name, oracle in oracles.items()}, report)
+
+    return labels_of
 
 
-def log_prob_of_latents(base: Base, classifier: classifiers.Classifier) -> Callable[[Tensor, Tensor, float], Tensor]:
+def log_prob_of_latents(base: Base, classifier: classifiers.Classifier | classifiers.Product) -> Callable[[Tensor, Tensor, float], Tensor]:
     """log p̂(y | decode(x_0)) in nats with shape (B,), from latents, labels and a factor on the temperature; differentiable."""
     return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
 
