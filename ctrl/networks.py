@@ -31,7 +31,6 @@ class DctNetwork(nn.Module):
     """
 
     WIDTH, NUM_FEATURES, SHARPNESS, BOUND = 32, 129, 0.1, 3.0
-    LOWEST = 0.0  # bound on the weights of the fit
 
     def __init__(self, num_outputs: int, positive: bool):
         super().__init__()
@@ -70,8 +69,7 @@ class DctNetwork(nn.Module):
             return None
         z = ((features - self.shift) * self.scale).double().numpy()
         design, target = np.c_[z, np.ones(len(z))], targets.double().numpy()
-        lowest = np.r_[np.full(z.shape[1], self.LOWEST), -np.inf]
-        fit = scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
+        fit = self.least_squares(design, target)
         residual = max(float(np.std(target - design @ fit)), 1e-3)
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(fit[None, :-1]))
@@ -79,6 +77,12 @@ class DctNetwork(nn.Module):
             self.bound.fill_(self.BOUND * residual)
         self.linear.requires_grad_(False)
         return residual
+
+    @staticmethod
+    def least_squares(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Weights, none of them negative, and last the offset, of any sign."""
+        lowest = np.r_[np.zeros(design.shape[1] - 1), -np.inf]
+        return scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
 
     def forward(self, features: Tensor) -> Tensor:
         z = (features - self.shift) * self.scale
@@ -92,11 +96,16 @@ class DctNetwork(nn.Module):
 class PixelNetwork(DctNetwork):
     """The same on the 8x8 means of the pixels, with weights of any sign: for scores such as brightness that are nearly linear in them."""
 
-    NUM_FEATURES, LOWEST = 3 * 64, -np.inf
+    NUM_FEATURES = 3 * 64
 
     def features(self, images: Tensor) -> Tensor:
         """Means over an 8x8 grid of each channel, shape (B, 192)."""
         return F.adaptive_avg_pool2d(images, 8).flatten(1)
+
+    @staticmethod
+    def least_squares(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The smallest weights of the best fit: pixels repeat each other, in grey images and along their borders."""
+        return np.linalg.lstsq(design, target, rcond=1e-6)[0]
 
 
 class ResidualBlock(nn.Module):
