@@ -55,9 +55,7 @@ wildcard_constraints:
 
 
 # The code whose change alters a result: an input of the rule. (Snakemake does not see edits of an imported package.)
-CORE = [f"ctrl/{name}.py" for name in ("base", "data", "labels", "process", "sampling", "generate", "oracles", "pairs")] + [
-    "scripts/loading.py"
-]
+CORE = [f"ctrl/{n}.py" for n in "base data labels process sampling generate oracles pairs".split()] + ["scripts/loading.py"]
 CLASSIFIER = ["ctrl/classifier.py", "ctrl/labels.py", "ctrl/networks.py", "ctrl/dct.py"]
 CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
 GUIDANCE = [*(f"ctrl/guidance/{name}.py" for name in ("mpgd", "particles", "reconstruction")), *CLASSIFIER]
