@@ -71,7 +71,8 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         null = sum(map(len, factors.values()))
 
         def is_one(y):
-            return y is None or isinstance(y, dict) or all(part is None or isinstance(part, int | float) for part in y)
+            flat = isinstance(y, list | tuple) and all(part is None or isinstance(part, int | float) for part in y)
+            return flat or y is None or isinstance(y, dict)
 
         if isinstance(label, int | float | str):
             raise ValueError(f"label is {label!r}: give an entry for each of {', '.join(factors)}, None where it is free")

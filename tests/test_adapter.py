@@ -41,7 +41,7 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[control.null] = 0
+        control.base.unet.class_embedding.weight[-1] = 0
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
     settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
     extra = {
