@@ -39,7 +39,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}", custom_pipeline="{folder}", trust_remote_code=True)
 pipe.load_control("{folder}")
-images = pipe(["{prompt}"], label=0, strength=1.0, seed=0).images
+images = pipe(["{prompt}"], label={example}, strength=1.0, seed=0).images
 ```
 
 `label=None` is the pretrained model; `strength` goes from 0 (pretrained) over 1 (trained) to more. The LoRA alone loads with
@@ -73,7 +73,9 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
     """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; for `described` see `control.describe`."""
     control.save(folder)
     last, settings = described["last"], described["finetune"]
-    labels = "\n".join(f"| {y} | {name} |" for y, name in enumerate(described["label_names"]))
+    example = control.space.label(0)
+    named = zip(range(control.null), described["label_names"], strict=True)
+    labels = "\n".join(f"| {control.space.label(y)} | {name} |" for y, name in named)
     if settings["trainer"] == "supervised":
         trained, outcome = "denoising labelled images, some without their label, for classifier-free guidance (Ho & Salimans 2022)", ""
     else:
@@ -87,7 +89,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
         else:
             outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
     card = CARD.format(
-        **described | {"labels": labels, "folder": folder, "prompt": prompt},
+        **described | {"labels": labels, "folder": folder, "prompt": prompt, "example": example},
         updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
     )  # fmt: skip
@@ -102,13 +104,14 @@ def check_in_plain_diffusers(
     """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to TOLERANCE."""
     chosen = list(cells)[:: max(1, len(cells) // 4)][:4]
     prompts, labels = [templates[0].format(subject) for subject, _ in chosen], [label for _, label in chosen]
+    written = [control.space.label(y) for y in labels]
     noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
     psi = control.denoiser(process, prompts, torch.tensor(labels), described["sampler"]["guidance_scale"])
     # Plain diffusers draws on the CPU: a GPU's convolutions come as near to that as it takes in full precision only.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
     output = folder / "plain_diffusers.npy"
-    arguments = json.dumps([described["base"], str(folder), described["dtype"], prompts, labels, str(output)])
+    arguments = json.dumps([described["base"], str(folder), described["dtype"], prompts, written, str(output)])
     done = subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

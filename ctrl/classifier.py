@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ctrl import metrics
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
+from ctrl.labels import Categorical, Factors
 from ctrl.networks import NETWORKS, CnnNetwork, to_float
 from ctrl.oracles import check_edges
 
@@ -60,6 +61,7 @@ class DensityHead(nn.Module):
     """
 
     num_outputs = 2
+    MIN_SCALE = 5e-3  # of the scores' standard deviation: a score that the network computes exactly would leave no slope to climb
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -76,13 +78,17 @@ class DensityHead(nn.Module):
 
     def logistic(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale of the score, in its unit, each with shape (B,). The standard deviation is scale · pi / sqrt(3)."""
-        scale = torch.exp(self.log_scale + math.log(2) * torch.tanh(outputs[:, 1]))
+        scale = torch.exp(self.log_scale + math.log(2) * torch.tanh(outputs[:, 1])).clamp(min=self.MIN_SCALE)
         return self.score_mean + self.score_sd * outputs[:, 0], self.score_sd * scale
 
     def log_probs(self, outputs: Tensor, temperature: Tensor, descending: bool) -> Tensor:
         mean, scale = self.logistic(outputs)
         log_probs = interval_log_probs(mean, scale * temperature, self.edges)
         return log_probs.flip(1) if descending else log_probs
+
+    def lowest_temperature(self, outputs: Tensor) -> float:
+        """That keeps the scale, of most images, above MIN_SCALE."""
+        return min(1.0, (self.MIN_SCALE * self.score_sd / self.logistic(outputs)[1].median()).item())
 
     def loss(self, outputs: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         """Mean negative log-likelihood of the scores, in units of their standard deviation."""
@@ -104,6 +110,9 @@ class SoftmaxHead(nn.Module):
     def log_probs(self, outputs: Tensor, temperature: Tensor, descending: bool) -> Tensor:
         return F.log_softmax(outputs / temperature, dim=1)
 
+    def lowest_temperature(self, outputs: Tensor) -> float:
+        return 0.0
+
     def loss(self, outputs: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs, labels)
 
@@ -124,7 +133,8 @@ class Classifier(nn.Module):
         self.rounding = True  # False: the smooth function behind the levels
         head, network = description["head"], description["network"]
         self.head = HEADS[head](self.num_classes)
-        options = {"dct": {"positive": head == "density"}, "clip": description.get("clip", {})}.get(network, {})
+        linear = {"positive": head == "density"}
+        options = {"dct": linear, "pixels": linear, "clip": description.get("clip", {})}.get(network, {})
         self.network = NETWORKS[network](self.head.num_outputs, **options)
         self.register_buffer("temperature", torch.ones(()))
 
@@ -142,7 +152,37 @@ class Classifier(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Everything that was learned; the frozen CLIP is named in the description instead."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("network.clip.")}
+        return {k: v for k, v in self.state_dict().items() if "network.clip." not in k}
+
+
+class Product(nn.Module):
+    """p(y | x) = Π p_f(y_f | x) for labels of several factors, which are functions of the image alone: a calibrated classifier of each.
+
+    Labels are codes of ctrl.labels; a factor that a label leaves free says nothing.
+    """
+
+    def __init__(self, classifiers: Sequence[Classifier]):
+        super().__init__()
+        self.factors = nn.ModuleList(classifiers)
+        self.space = Factors(tuple(Categorical(c.num_classes) for c in classifiers))
+        self.num_classes = self.space.num_classes
+        self.description = {"factors": [c.description for c in classifiers]}
+
+    def log_probs(self, images: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p(y | x) of every full combination, shape (B, K); for the arguments see `Classifier.log_probs`."""
+        parts = self.space.parts[: self.num_classes].to(images.device)
+        return sum(factor.log_probs(images, temperature)[:, y] for factor, y in zip(self.factors, parts.T, strict=True))
+
+    def log_prob(self, images: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p(y | x) of the factors that the codes `y` with shape (B,) set; shape (B,)."""
+        parts = self.space.parts.to(images.device)[y.to(images.device)]
+        total = 0.0
+        for factor, part in zip(self.factors, parts.T, strict=True):
+            total = total + torch.where(part < 0, 0.0, factor.log_prob(images, part.clamp(min=0), temperature))
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{k}.{name}": value for k, factor in enumerate(self.factors) for name, value in factor.state().items()}
 
 
 # -------------------------------------------------------------------------------------------------------- fit, calibration
@@ -250,8 +290,9 @@ def calibrate(classifier: Classifier, outputs: Tensor, labels: Tensor) -> float:
 
     limit = math.log(20)
     found = scipy.optimize.minimize_scalar(nll, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-4})
-    classifier.temperature.fill_(math.exp(found.x))
-    return math.exp(found.x)
+    temperature = max(math.exp(found.x), classifier.head.lowest_temperature(outputs))
+    classifier.temperature.fill_(temperature)
+    return temperature
 
 
 # --------------------------------------------------------------------------------------------------- scores of a classifier
@@ -302,25 +343,32 @@ def reliability_diagram(panels: dict[str, tuple[dict[str, Tensor], Tensor]]) -> 
 # --------------------------------------------------------------------------------------------------------------- on disk
 
 
-def save(folder: Path, classifier: Classifier) -> None:
-    """Writes model.safetensors and config.json: the description, the temperature, and the SHA-256 of the weights."""
+def save(folder: Path, classifier: Classifier | Product) -> None:
+    """Writes model.safetensors and config.json: the description, each temperature, and the SHA-256 of the weights."""
     folder = Path(folder)
     save_tensors(folder / "model.safetensors", classifier.state())
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    description = classifier.description | {"temperature": classifier.temperature.item(), "sha256": digest}
-    write_json(folder / "config.json", description)
+    if isinstance(classifier, Product):
+        description = {"factors": [c.description | {"temperature": c.temperature.item()} for c in classifier.factors]}
+    else:
+        description = classifier.description | {"temperature": classifier.temperature.item()}
+    write_json(folder / "config.json", description | {"sha256": digest})
 
 
-def load(folder: Path) -> Classifier:
+def load(folder: Path) -> Classifier | Product:
     """The classifier that `save` wrote, frozen, in evaluation mode; UserError where a file is missing, corrupt or does not fit."""
     folder = Path(folder)
     description, state = read_json(folder / "config.json"), load_tensors(folder / "model.safetensors")
     try:
         if description["sha256"] != hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest():
             raise ValueError("its weights are not those that config.json names")
-        classifier = Classifier(description)
+        if "factors" in description:
+            classifier = Product([Classifier(d) for d in description["factors"]])
+            state = {f"factors.{name}": value for name, value in state.items()}
+        else:
+            classifier = Classifier(description)
         missing, unexpected = classifier.load_state_dict(state, strict=False)
-        if wrong := [name for name in [*missing, *unexpected] if not name.startswith("network.clip.")]:
+        if wrong := [name for name in [*missing, *unexpected] if "network.clip." not in name]:
             raise ValueError(f"missing or unknown: {wrong[0]}")
     except UserError:
         raise

@@ -23,11 +23,18 @@ def merge(defaults: dict, *overrides: dict) -> dict:
 
 
 def resolve(config: dict, schema: dict, where: str = "config") -> dict:
-    """The checked `config` with what follows from it filled in: given bin edges fix the number of classes."""
+    """The checked `config` with what follows from it filled in: given bin edges fix the number of classes, several factors multiply it."""
     check(config, schema, where)
     config = copy.deepcopy(config)
-    if config["label"]["edges"] != "quantiles":
-        config["label"]["num_classes"] = len(config["label"]["edges"]) + 1
+    label = config["label"]
+    if label["factors"]:
+        common = {key: label[key] for key in ("edges", "num_classes", "descending")}
+        label["factors"] = [common | factor for factor in label["factors"]]
+    for one in label["factors"] or [label]:
+        if one["edges"] != "quantiles":
+            one["num_classes"] = len(one["edges"]) + 1
+    if label["factors"]:
+        label["num_classes"] = math.prod(factor["num_classes"] for factor in label["factors"])
     check_across(config, where)
     for name in config["adapters"]:
         variant = for_adapter(config, name)
@@ -55,6 +62,7 @@ def check(config: dict, schema: dict, where: str = "config") -> None:
 def check_across(config: dict, where: str = "config") -> None:
     """Raises UserError where two keys that are fine alone contradict each other."""
     check_mixture(config, where)
+    check_factors(config["label"], where)
     dataset, finetune, num_steps = config["dataset"], config["finetune"], config["sampler"]["num_steps"]
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
@@ -90,6 +98,22 @@ def check_scales(methods: dict[str, dict], tuning: dict) -> dict[str, dict]:
             f"config: unknown key tuning.{name}; " + (f"did you mean tuning.{near[0]}?" if near else f"known: {', '.join(known)}")
         )
     return methods
+
+
+def check_factors(label: dict, where: str) -> None:
+    """Factors measure different things, and what is held out are some of their combinations."""
+    factors = label["factors"] or []
+    names = [factor["oracle"] for factor in factors]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: label.factors names an oracle twice ({', '.join(names)}); two factors of one oracle say the same")
+    for y in label["held_out"]:
+        if not factors:
+            raise UserError(f"{where}: label.held_out is {label['held_out']}; without label.factors there are no combinations to hold out")
+        if len(y) != len(factors) or any(part >= factor["num_classes"] for part, factor in zip(y, factors, strict=True)):
+            sizes = " x ".join(str(factor["num_classes"]) for factor in factors)
+            raise UserError(f"{where}: label.held_out has {y}; a combination holds a label of each factor, and there are {sizes} labels")
+    if factors and len(label["held_out"]) >= label["num_classes"]:
+        raise UserError(f"{where}: label.held_out leaves no combination to learn from")
 
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "methods")}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ctrl.base import Base
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors
+from ctrl.labels import Categorical, Factors, LabelEmbedding
 from ctrl.process import Denoiser, Process
 
 LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
@@ -26,18 +27,24 @@ LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding
 class Control:
     """LoRA layers and a zero-initialised label embedding, installed in `base.unet`'s class-embedding slot.
 
-    The embedding's last row, `null`, stands for "no label": it is the padding row, so it stays zero and gets no gradient.
+    `num_classes` is the number of labels, or with several factors their `Factors`. Labels are codes of ctrl.labels; `null` is "no
+    label". Its embedding, and that of a factor left free, stays zero and gets no gradient.
 
     Below the timestep `min_timestep` the pretrained model finishes the image alone. There sigma_t is so small that the optimum hardly
     differs from it, and the weight of the KL so large that whatever else the adapter does there costs many nats; 0: nowhere.
     """
 
-    def __init__(self, base: Base, num_classes: int, rank: int, target_modules: Sequence[str], seed: int = 0, min_timestep: int = 0):
+    def __init__(
+        self, base: Base, num_classes: int | Factors, rank: int, target_modules: Sequence[str], seed: int = 0, min_timestep: int = 0
+    ):
         unet = base.unet
         if unet.class_embedding is not None:
             raise UserError("base: its UNet has a class embedding already; CTRL needs that slot for the new label")
-        self.base, self.null = base, num_classes
-        self.settings = {"num_classes": num_classes, "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
+        space = Factors.of(num_classes)
+        self.base, self.space, self.null = base, space, space.null
+        sizes = [f.num_classes for f in space.factors]
+        size = sizes[0] if len(sizes) == 1 else sizes
+        self.settings = {"num_classes": size, "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
@@ -46,8 +53,7 @@ class Control:
             except ValueError as error:
                 raise UserError(f"finetune.lora.target_modules: {error}") from error
         width = unet.time_embedding.linear_2.out_features
-        unet.class_embedding = nn.Embedding(num_classes + 1, width, padding_idx=num_classes, device=base.device)
-        nn.init.zeros_(unet.class_embedding.weight)
+        unet.class_embedding = LabelEmbedding(space, width, base.device)
         self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
         self._merged: list[tuple[nn.Module, dict[bool, Tensor]]] = []
         for parameter in self.parameters().values():
@@ -172,9 +178,10 @@ def load(base: Base, folder: str | Path) -> Control:
     """The trained control in `folder`, on `base`. Raises UserError as `check_adapter` does."""
     folder = Path(folder)
     described, lora, embedding = check_adapter(base, folder)
-    control = Control(
-        base, described["num_classes"], described["rank"], described["target_modules"], min_timestep=described["min_timestep"]
-    )
+    space = Factors.of(described["num_classes"])
+    if named := described.get("factors"):
+        space = Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
+    control = Control(base, space, described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
     state = {key.removeprefix("unet."): value for key, value in lora.items()}
     unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):
@@ -185,10 +192,11 @@ def load(base: Base, folder: str | Path) -> Control:
 
 
 def describe(control: Control, base_path: str, sampler: dict, label_names: Sequence[str], extra: dict) -> dict:
-    """What adapter.json holds: how to load and to sample, and what the adapter was made for.
+    """What adapter.json holds: how to load and to sample, and what the adapter was made for; with several factors, their names too.
 
     `sampler` is the config's section with the `timesteps` that it amounts to.
     """
+    space = control.space
     return {
         "base": str(base_path),
         "base_fingerprint": control.base.fingerprint(),
@@ -196,6 +204,7 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
         **control.settings,
         "null_label": control.null,
         "label_names": list(label_names),
+        **({"factors": {key: list(f.names) for key, f in zip(space.keys, space.factors, strict=True)}} if len(space.factors) > 1 else {}),
         "sampler": {key: sampler[key] for key in ("num_steps", "spacing", "timesteps", "eta", "guidance_scale")},
         **json.loads(json.dumps(extra)),
     }

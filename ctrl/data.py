@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -19,9 +20,11 @@ from torch import Tensor
 from ctrl import oracles
 from ctrl.errors import UserError
 from ctrl.io import atomic_folder, read_parquet
+from ctrl.labels import Factors, factors_of
 
 GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SPLITS = ("train", "val", "calibration")
+HELD_OUT = "held_out"  # the split of images that nothing is trained on: of a combination of labels to be reached without examples
 TABLES = ("metadata.csv", "metadata.parquet", "samples.parquet")  # of an image folder, the first that exists
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -147,13 +150,13 @@ def load_images(paths: Iterable[Path | str]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def examine(folder: Path, table: pd.DataFrame, image_size: int, oracle: Callable[[Image.Image], float]) -> tuple[pd.DataFrame, list[dict]]:
+def examine(folder: Path, table: pd.DataFrame, image_size: int, oracle: Callable[[Image.Image], object]) -> tuple[pd.DataFrame, list[dict]]:
     """Decodes and scores every image of `table`: the rows kept, with columns `digest` and `score`, and {file_name, reason} of the refused.
 
     Of equal images (pixel by pixel) the first one stays. Files without a row in the table are refused too.
     """
 
-    def one(file_name: str) -> tuple[bytes, float] | str:
+    def one(file_name: str) -> tuple[bytes, object] | str:
         try:
             image = read_image(folder / file_name, image_size)
             return image_digest(image), oracle(image)
@@ -199,39 +202,60 @@ def bin_edges(scores: np.ndarray, edges: Sequence[float] | str, num_classes: int
 def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) -> tuple[pd.DataFrame, dict]:
     """The offline dataset of an image folder: a table and its report.
 
-    `label` holds oracle, edges, num_classes and descending; `shares` the share of each of SPLITS. Quantile edges are those of the
-    training split. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
-    score_{oracle}, label. UserError where no image remains, or a label or a split has none.
+    `label` holds oracle, edges, num_classes and descending, or `factors`, a list of such, and `held_out`, combinations of their labels
+    whose images get the split HELD_OUT; `shares` the share of each of SPLITS. Quantile edges are those of the training split, before
+    anything is held out. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
+    score_{oracle} of each factor, label (a code of ctrl.labels). UserError where no image remains, or a label or a split has none.
     """
-    folder, name, unit = Path(folder), label["oracle"], oracles.UNITS.get(label["oracle"], "")
-    rows, refused = examine(folder, read_table(folder), image_size, oracles.get_oracle(name))
+    folder, chosen = Path(folder), label.get("factors") or [label]
+    functions = [oracles.get_oracle(f["oracle"]) for f in chosen]
+    rows, refused = examine(folder, read_table(folder), image_size, lambda image: [function(image) for function in functions])
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
     split = np.array([choose_split(digest, shares) for digest in rows["digest"]])
-    score = rows["score"].to_numpy(dtype=np.float64)
+    scores = dict(zip((f["oracle"] for f in chosen), np.array(rows["score"].tolist(), dtype=np.float64).T, strict=True))
     for s in SPLITS:
         if not (split == s).any():
             raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise dataset.splits.{s}")
-    edges = bin_edges(score[split == "train"], label["edges"], label["num_classes"])
-    y = oracles.score_to_label(score, edges, label["descending"])
-    names = oracles.label_names(edges, label["descending"], unit)
-    counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in SPLITS}
+    factors = [describe_factor(f, scores[f["oracle"]], split == "train") for f in chosen]
+    space = Factors.from_report({"factors": factors})
+    y = measured_labels(scores, {"factors": factors})
+    names, held_out = space.names, space.check(label.get("held_out") or []).tolist()
+    split[np.isin(y, held_out)] = HELD_OUT
+    counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in (*SPLITS, *([HELD_OUT] if held_out else []))}
     for k, n in enumerate(counts["train"]):
-        if n == 0:
-            span = f"the scores span {score.min():.4g} to {score.max():.4g}"
-            raise UserError(f"label {k} ({names[k]}) has no image in the training split; {span}: move label.edges")
+        if n == 0 and k not in held_out:
+            spans = (f"the scores span {score.min():.4g} to {score.max():.4g}" for score in scores.values())
+            raise UserError(f"label {k} ({names[k]}) has no image in the training split; {', '.join(spans)}: move label.edges")
     table = pd.DataFrame(
         {"file_name": rows["file_name"], "path": [relative(folder / f) for f in rows["file_name"]], "prompt": rows["prompt"]}
     )
     if "subject" in rows:
         table["subject"] = rows["subject"]
-    table = table.assign(split=split, **{f"score_{name}": score}, label=y)
-    report = {
-        "num_images": len(table), "oracle": name, "unit": unit, "image_size": image_size, "num_classes": len(names),
-        "descending": label["descending"], "edges": edges, "label_names": names, "counts": counts, "refused": refused,
-    }  # fmt: skip
+    table = table.assign(split=split, **{f"score_{name}": score for name, score in scores.items()}, label=y)
+    described = {"image_size": image_size, "num_classes": len(names), "label_names": list(names), "held_out": held_out, "factors": factors}
+    if len(factors) == 1:
+        keys = ("oracle", "unit", "image_size", "num_classes", "descending", "edges", "label_names")
+        described = {key: (factors[0] | {"image_size": image_size})[key] for key in keys}
+    report = {"num_images": len(table), **described, "counts": counts, "refused": refused}
     return table, report
+
+
+def describe_factor(label: dict, scores: np.ndarray, train: np.ndarray) -> dict:
+    """A factor of the report: the bins of one oracle's `scores`, by those with `train`, both with shape (N,)."""
+    edges = bin_edges(scores[train], label["edges"], label["num_classes"])
+    unit = oracles.UNITS.get(label["oracle"], "")
+    names = oracles.label_names(edges, label["descending"], unit)
+    described = {"oracle": label["oracle"], "unit": unit, "num_classes": len(names), "descending": label["descending"]}
+    return {**described, "edges": edges, "label_names": names}
+
+
+def measured_labels(scores: dict[str, np.ndarray], report: dict) -> np.ndarray:
+    """The labels' codes, int64 (N,), of images whose `scores` (N,) the oracles measured, by the bins of a dataset's report.json."""
+    factors = factors_of(report)
+    parts = [torch.from_numpy(oracles.score_to_label(scores[f["oracle"]], f["edges"], f["descending"])) for f in factors]
+    return Factors.from_report(report).codes(parts).numpy()
 
 
 def relative(path: Path) -> str:
@@ -241,14 +265,20 @@ def relative(path: Path) -> str:
 
 
 def histogram(table: pd.DataFrame, report: dict) -> Figure:
-    """The scores of all images, coloured by label, with the edges and how many images each label has."""
-    score = table[f"score_{report['oracle']}"].to_numpy()
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """The scores of all images, coloured by label, with the edges and how many images each label has; a panel a factor."""
+    factors = factors_of(report)
+    figure = Figure(figsize=(8, 4.5 * len(factors)), layout="constrained")
+    for axes, factor in zip(figure.subplots(len(factors), 1, squeeze=False)[:, 0], factors, strict=True):
+        score = table[f"score_{factor['oracle']}"].to_numpy()
+        _draw_histogram(axes, score, oracles.score_to_label(score, factor["edges"], factor["descending"]), factor)
+    return figure
+
+
+def _draw_histogram(axes: Axes, score: np.ndarray, label: np.ndarray, report: dict) -> None:
     width = max(np.ptp(score) / 80, 1e-9)
     ends = list(pairwise([score.min(), *report["edges"], score.max() + width]))
     for y, (low, high) in enumerate(ends[::-1] if report["descending"] else ends):
-        part = score[table["label"] == y]
+        part = score[label == y]
         bins = np.linspace(low, high, max(round((high - low) / width), 1) + 1)
         axes.hist(part, bins=bins, color=f"C{y % 10}", label=f"{y}: {report['label_names'][y]} (n = {len(part)})")
     for edge in report["edges"]:
@@ -257,4 +287,3 @@ def histogram(table: pd.DataFrame, report: dict) -> Figure:
     axes.set_xlabel(f"{report['oracle'].replace('_', ' ')} / {report['unit']}".removesuffix(" / "))
     axes.set_ylabel("images")
     axes.legend(title="label")
-    return figure

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctrl import features, metrics
-from ctrl.data import load_images
+from ctrl.data import load_images, measured_labels
 from ctrl.errors import UserError
 from ctrl.io import read_json, read_parquet
-from ctrl.oracles import distance_to_bin, get_oracle, score_to_label
+from ctrl.labels import Factors, factors_of
+from ctrl.oracles import distance_to_bin, get_oracle
 
 COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
 COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
@@ -24,7 +25,10 @@ MIN_FRECHET = 2000  # images; below, the Frechet distance says more about their 
 
 @dataclass
 class Samples:
-    """Generated images: `table` has COLUMNS and a column `score`, `images` are uint8 (N, 3, H, W), `info` is samples.json."""
+    """Generated images: `table` has COLUMNS, score_{oracle} of each factor and as `score` that of the first.
+
+    `images` are uint8 (N, 3, H, W), `info` is samples.json.
+    """
 
     folder: Path
     table: pd.DataFrame
@@ -42,8 +46,8 @@ class Samples:
         return torch.tensor(self.table["seed"].to_numpy(np.int64))
 
 
-def load_samples(folder: Path | str, oracle: str, num_classes: int) -> Samples:
-    """Reads a folder of samples and scores every picture by the oracle.
+def load_samples(folder: Path | str, oracle: str | Sequence[str], num_classes: int) -> Samples:
+    """Reads a folder of samples and scores every picture by the oracle, or by that of each factor.
 
     UserError where the folder, its table, a column or a picture is missing, the table is empty, or a label is not in 0..num_classes - 1.
     """
@@ -60,7 +64,19 @@ def load_samples(folder: Path | str, oracle: str, num_classes: int) -> Samples:
         raise UserError(f"{folder / 'samples.parquet'} asks for label {wrong}, but the dataset has the labels 0 to {num_classes - 1}")
     images = load_images([folder / name for name in table["file_name"]])
     info = read_json(folder / "samples.json") if (folder / "samples.json").exists() else {}
-    return Samples(folder, table.assign(score=score_images(images, oracle)), images, info)
+    return Samples(folder, with_scores(table, images, oracle), images, info)
+
+
+def with_scores(table: pd.DataFrame, images: Tensor, oracle: str | Sequence[str]) -> pd.DataFrame:
+    """`table` with the columns score_{oracle} of each oracle, measured on uint8 images (N, 3, H, W), and the first of them as `score`."""
+    scores = {f"score_{name}": score_images(images, name) for name in ([oracle] if isinstance(oracle, str) else oracle)}
+    return table.assign(score=next(iter(scores.values())), **scores)
+
+
+def factor_scores(table: pd.DataFrame, report: dict) -> dict[str, np.ndarray]:
+    """The measured scores (N,) of each factor, by the name of its oracle; `score` alone serves for one factor."""
+    names = [factor["oracle"] for factor in factors_of(report)]
+    return {name: table["score" if len(names) == 1 else f"score_{name}"].to_numpy(np.float64) for name in names}
 
 
 def score_images(images: Tensor, oracle: str) -> np.ndarray:
@@ -97,11 +113,13 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
     network: from ctrl.features; report: the dataset's report.json (edges, descending, num_classes); config: the keys num_bootstrap and
     num_neighbours. Returns {"n", "metrics": {name: {"value", "n", "lo", "hi"}}, "confusion": counts [requested][measured],
     "per_subject": {subject: {"accuracy", "n"}}, "misses": {"n", "median", "largest"}: how far outside their bins, in the oracle's unit}.
+    With several factors there are also `accuracies_of_factors`, and misses of each by its oracle.
     lo and hi bound the 95 % bootstrap interval over seeds, or are None.
     """
     cells = number_cells(samples, reference)
     num_bootstrap, n = config["num_bootstrap"], len(samples.table)
-    requested, measured = samples.labels, torch.tensor(score_to_label(samples.table["score"], report["edges"], report["descending"]))
+    scores, factors = factor_scores(samples.table, report), factors_of(report)
+    requested, measured = samples.labels, torch.from_numpy(measured_labels(scores, report))
 
     def over_seeds(statistic: Callable[[Tensor], float]) -> dict:
         lo, hi = metrics.bootstrap(statistic, n, num_bootstrap, seed, clusters=samples.seeds)
@@ -111,13 +129,21 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
         "accuracy": over_seeds(lambda i: metrics.accuracy(requested[i], measured[i])),
         "macro_f1": over_seeds(lambda i: metrics.macro_f1(requested[i], measured[i])),
     }
+    if len(factors) > 1:
+        figures |= accuracies_of_factors(requested, measured, report, over_seeds)
     both = [features.compute(network, s.images, s.table["subject"].tolist(), s.table["prompt"].tolist()) for s in (samples, reference)]
     figures |= compare(both[0][0], both[1][0], cells, (samples.seeds, reference.seeds), config["num_neighbours"], num_bootstrap, seed)
     figures[network.score_name] = over_seeds(lambda i: both[0][1][i].mean().item())
     figures |= costs(samples.table, samples.info, num_bootstrap, seed)
     subjects = samples.table["subject"].to_numpy()
     hits = (requested == measured).numpy()
-    outside = distance_to_bin(samples.table["score"].to_numpy(), requested.numpy(), report["edges"], report["descending"])[~hits]
+    parts = Factors.from_report(report).parts[requested].T.numpy()
+    misses = {}
+    for factor, y in zip(factors, parts, strict=True):
+        outside = distance_to_bin(scores[factor["oracle"]], y, factor["edges"], factor["descending"])
+        outside = outside[~hits if len(factors) == 1 else outside > 0]
+        half_and_all = {"median": float(np.median(outside)), "largest": float(outside.max())} if len(outside) else {}
+        misses[factor["oracle"]] = {"n": len(outside), **half_and_all}
     return {
         "n": n,
         "metrics": figures,
@@ -125,8 +151,27 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
         "per_subject": {
             s: {"accuracy": float(hits[subjects == s].mean()), "n": int((subjects == s).sum())} for s in dict.fromkeys(subjects)
         },
-        "misses": {"n": len(outside), **({"median": float(np.median(outside)), "largest": float(outside.max())} if len(outside) else {})},
+        "misses": misses if len(factors) > 1 else misses[factors[0]["oracle"]],
     }
+
+
+def accuracies_of_factors(requested: Tensor, measured: Tensor, report: dict, figure: Callable) -> dict[str, dict]:
+    """accuracy_{oracle} of each factor, and of the combinations that are held out accuracy_held_out; codes with shape (N,).
+
+    `figure` makes an entry of the metrics of a statistic of rows. Held out means: neither in the offline data nor asked for in training.
+    """
+    space = Factors.from_report(report)
+    right = space.parts[requested] == space.parts[measured]
+    figures = {f"accuracy_{key}": figure(lambda i, k=k: right[i, k].double().mean().item()) for k, key in enumerate(space.keys)}
+    held_out = torch.isin(requested, torch.tensor(report["held_out"], dtype=torch.long))
+    if held_out.any():
+        joint = right.all(1).double()
+
+        def accuracy(i: Tensor) -> float:
+            return (joint[i] * held_out[i]).sum().item() / max(held_out[i].sum().item(), 1)
+
+        figures["accuracy_held_out"] = figure(accuracy) | {"n": int(held_out.sum())}
+    return figures
 
 
 def compare(

@@ -18,8 +18,10 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 from PIL import Image
 from torch import Tensor
 
-from ctrl.evaluation import Samples
+from ctrl.data import measured_labels
+from ctrl.evaluation import Samples, factor_scores
 from ctrl.io import write_bytes
+from ctrl.labels import Factors
 from ctrl.oracles import UNITS
 
 DPI = 150
@@ -48,6 +50,8 @@ def method_name(method: str) -> str:
 def label_name(report: dict, label: int, with_unit: bool = True) -> str:
     """What a label means, for people: `≥ 1.3 kB`, `1.2–1.3 kB`."""
     name = re.sub(r"(?<=\d)-(?=\d)", "–", report["label_names"][label].replace(">=", "≥"))
+    if "factors" in report:
+        return name.replace(", ", "\n")
     return name if with_unit else name.removesuffix(f" {UNITS.get(report['oracle'], '')}").strip()
 
 
@@ -63,7 +67,9 @@ def label_colours(num_classes: int) -> list[tuple[float, ...]]:
 
 
 def oracle_name(report: dict, with_unit: bool = True) -> str:
-    """What the oracle measures, with its unit: `JPEG size / kB`."""
+    """What the oracle measures, with its unit: `JPEG size / kB`; with several factors, all of them."""
+    if "factors" in report:
+        return " · ".join(oracle_name(factor, with_unit) for factor in report["factors"])
     name, unit = ORACLE_NAMES.get(report["oracle"], report["oracle"]), UNITS.get(report["oracle"], "")
     return f"{name} / {unit}" if with_unit and unit else name
 
@@ -109,12 +115,11 @@ def _canvas(width: float, height: float, inches_a_unit: float) -> tuple[Figure, 
     return figure, axes
 
 
-def _caption(score: float, requested: int | None, report: dict) -> tuple[str, str]:
-    """The measured score and its colour: ink where it lies in the requested label's bin, red where it does not."""
-    if requested is None:
-        return f"{score:.4g}", INK  # as precise as the edges are printed
-    low, high = bins_of(report)[requested]
-    return f"{score:.4g}", INK if low <= score < high else WRONG
+def _caption(row: pd.Series, requested: int | None, report: dict) -> tuple[str, str]:
+    """The measured score (of each factor) and its colour: ink where it lies in the requested label's bin, red where it does not."""
+    scores = factor_scores(pd.DataFrame([row]), report)
+    text = " · ".join(f"{score[0]:.4g}" for score in scores.values())
+    return text, INK if requested is None or measured_labels(scores, report)[0] == requested else WRONG
 
 
 def grid_figure(
@@ -144,7 +149,7 @@ def grid_figure(
                     continue
                 here = np.flatnonzero((samples.table["subject"] == subject) & (samples.table["label"] == y))[:per_cell]
                 for k, i in enumerate(here):
-                    text, colour = _caption(samples.table["score"].iloc[i], y, report)
+                    text, colour = _caption(samples.table.iloc[i], y, report)
                     draw_picture(axes, samples.images[i], left + y * group + k * step, at, text, colour)
         note = f"below each picture: {oracle_name(report)}, red where it misses the label; hatched: the pretrained model has hardly any"
         axes.text(0.25, top + len(subjects) * row_height + 0.3, note, fontsize=7, va="center", color=PALE)
@@ -204,12 +209,12 @@ def teaser_figure(pretrained: Samples, ctrl: Samples, subjects: Sequence[str], r
             )
             for k, index in enumerate(order.index[:num_pretrained]):
                 i = pretrained.table.index.get_loc(index)
-                draw_picture(axes, pretrained.images[i], left + k * step, at, *_caption(pretrained.table["score"].iloc[i], None, report))
+                draw_picture(axes, pretrained.images[i], left + k * step, at, *_caption(pretrained.table.iloc[i], None, report))
             for y in range(num_classes):
                 if (i := _pick(ctrl, subject, y, seeds)) is None:
                     draw_impossible(axes, start + y * step, at, 1)
                     continue
-                draw_picture(axes, ctrl.images[i], start + y * step, at, *_caption(ctrl.table["score"].iloc[i], y, report))
+                draw_picture(axes, ctrl.images[i], start + y * step, at, *_caption(ctrl.table.iloc[i], y, report))
     return figure
 
 
@@ -243,8 +248,10 @@ def prompts_grid(images: Sequence[Tensor], names: Sequence[str], title: str, pat
 def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins: int = 48) -> None:
     """Histograms of the measured score: a column for each method, a row for each requested label, its bin shaded, the share in it.
 
-    tables: method -> table with the columns label (requested) and score.
+    tables: method -> table with the columns label (requested) and score. Several factors: `scatter_of_factors` instead.
     """
+    if "factors" in report:
+        return scatter_of_factors(tables, report, path)
     num_classes, colours = report["num_classes"], label_colours(report["num_classes"])
     scores = np.concatenate([t["score"] for t in tables.values()])
     low, high = np.quantile(scores, [0.001, 0.999]) + np.array([-0.03, 0.03]) * np.ptp(scores)
@@ -273,6 +280,60 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
         for axes in panels[:, 0]:  # room for the shares above the bars; a row has one y axis
             axes.set_ylim(top=1.35 * axes.get_ylim()[1])
         figure.supxlabel(f"measured {oracle_name(report)}   (shaded: what was asked for; dashed: edges of the bins)", fontsize=8)
+        save(figure, path)
+
+
+def scatter_of_factors(tables: Mapping[str, pd.DataFrame], report: dict, path: Path) -> None:
+    """The first two measured scores of each image: a column for each method, a row for each requested label, its bins shaded."""
+    first, second = report["factors"][:2]
+    space, colours = Factors.from_report(report), label_colours(report["num_classes"])
+    scores = {method: list(factor_scores(table, report).values())[:2] for method, table in tables.items()}
+    limits = [np.quantile(np.concatenate(values), [0.001, 0.999]) for values in zip(*scores.values(), strict=True)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 1.9 * len(tables), 0.8 + 1.5 * len(colours)), layout="constrained")
+        panels = figure.subplots(len(colours), len(tables), sharex=True, sharey=True, squeeze=False)
+        for (row, column), axes in np.ndenumerate(panels):
+            method, table = list(tables.items())[column]
+            own, parts = (table["label"] == row).to_numpy(), space.parts[row].tolist()
+            (left, right), (low, high) = bins_of(first)[parts[0]], bins_of(second)[parts[1]]
+            (left, right), (low, high) = np.clip([left, right], *limits[0]), np.clip([low, high], *limits[1])
+            axes.add_patch(Rectangle((left, low), right - left, high - low, color=colours[row], alpha=0.16, linewidth=0))
+            x, y = (values[own] for values in scores[method])
+            axes.scatter(x.clip(*limits[0]), y.clip(*limits[1]), s=3, color=colours[row], linewidth=0)
+            if own.any():
+                share = (measured_labels(factor_scores(table[own], report), report) == row).mean()
+                axes.text(0.97, 0.95, f"{share:.0%}", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+            if row == 0:
+                axes.set_title(method_name(method), fontweight="bold")
+            if column == 0:
+                held = "\n(held out)" if row in report["held_out"] else ""
+                name = f"label {space.label(row)}\n{label_name(report, row)}{held}"
+                axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
+        figure.supxlabel(f"measured {oracle_name(first)} (across), {oracle_name(second)} (up); shaded: what was asked for", fontsize=8)
+        save(figure, path)
+
+
+def factor_accuracies(evaluations: Sequence[dict], path: Path) -> None:
+    """Accuracy of each factor alone, of all together, and on the held-out combinations, a group of bars each, with 95 % intervals.
+
+    evaluations: the JSON of scripts/evaluate.py for a dataset of several factors.
+    """
+    names = [n for n in evaluations[0]["metrics"] if n.startswith("accuracy_") and n != "accuracy_held_out"]
+    names += ["accuracy", *(["accuracy_held_out"] if "accuracy_held_out" in evaluations[0]["metrics"] else [])]
+    ticks = {"accuracy": "all factors", "accuracy_held_out": "held out:\nall factors"}
+    colours, width = method_colours([e["method"] for e in evaluations]), 0.8 / len(evaluations)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + 1.3 * len(names), 2.8), layout="constrained")
+        axes = figure.subplots()
+        for k, evaluation in enumerate(evaluations):
+            figures = [evaluation["metrics"][n] for n in names]
+            at, value = np.arange(len(names)) + (k + 0.5) * width - 0.4, np.array([f["value"] for f in figures])
+            errors = [value - [f["lo"] for f in figures], np.array([f["hi"] for f in figures]) - value]
+            method = evaluation["method"]
+            axes.bar(at, value, 0.92 * width, yerr=np.maximum(errors, 0), color=colours[method], label=method_name(method), ecolor=PALE)
+        axes.set_xticks(range(len(names)), [ticks.get(n) or ORACLE_NAMES.get(n[9:], n[9:]) for n in names])
+        axes.set(ylim=(0, 1.05), ylabel="accuracy")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, path)
 
 

@@ -1,10 +1,16 @@
-"""Label spaces: what a control may ask for, and how it indexes an embedding table."""
+"""Label spaces: what a control may ask for, and how it indexes an embedding table.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Everywhere a label is one integer, its code. With one factor that is the label itself. With several, the combinations of all factors come
+first (the last factor counts fastest), then the null label, then every combination that leaves some factors free.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl.errors import UserError
 
@@ -53,3 +59,156 @@ class Categorical:
         """The labels in words, for messages and help texts."""
         names = [f"{y} ({name})" for y, name in enumerate(self.names)] or [f"0 to {self.num_classes - 1}"]
         return "the labels are " + ", ".join(names)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A product of categorical labels, each of which can be left free; one factor makes it `Categorical`.
+
+    The codes are 0 to num_codes - 1, of which the first num_classes set every factor. `keys` name the factors, for messages.
+    """
+
+    factors: tuple[Categorical, ...]
+    keys: tuple[str, ...] = ()
+    parts: Tensor = field(init=False, compare=False)  # (num_codes, F): the label of each factor, -1 where it is free
+
+    def __post_init__(self):
+        if not self.factors:
+            raise UserError("a control needs at least one factor")
+        if self.keys and (len(self.keys) != len(self.factors) or len(set(self.keys)) < len(self.keys)):
+            raise UserError(f"{len(self.factors)} factors need as many different names, not {list(self.keys)}")
+        if (size := math.prod(f.num_embeddings for f in self.factors)) > 100_000:
+            raise UserError(f"{size} combinations of {len(self.factors)} factors are too many; lower their num_classes")
+        codes = itertools.product(*[[*range(f.num_classes), -1] for f in self.factors])
+        ordered = sorted(codes, key=lambda code: (-1 in code) + (-1 in code and max(code) >= 0))  # stable: full, null, partial
+        object.__setattr__(self, "parts", torch.tensor(ordered))
+
+    @classmethod
+    def of(cls, num_classes: "int | Sequence[int] | Factors") -> "Factors":
+        """From the number of labels of each factor; an integer makes one factor."""
+        if isinstance(num_classes, Factors):
+            return num_classes
+        return cls(tuple(Categorical(n) for n in ([num_classes] if isinstance(num_classes, int) else num_classes)))
+
+    @classmethod
+    def from_report(cls, report: dict) -> "Factors":
+        """The label space of a dataset, from its report.json."""
+        described = factors_of(report)
+        return cls(tuple(Categorical.from_report(f) for f in described), tuple(f["oracle"] for f in described))
+
+    @property
+    def num_classes(self) -> int:
+        """How many codes set every factor."""
+        return math.prod(f.num_classes for f in self.factors)
+
+    @property
+    def null(self) -> int:
+        """Code of the null label, which leaves every factor free."""
+        return self.num_classes
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.parts)
+
+    @property
+    def partial(self) -> list[int]:
+        """The codes that set some factors and leave others free; none with one factor."""
+        return list(range(self.null + 1, self.num_codes))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each code below `null` means."""
+        return tuple(self.name(code) for code in range(self.num_classes)) if all(f.names for f in self.factors) else ()
+
+    def name(self, code: int) -> str:
+        """The factors that `code` sets, in words: `>= 1.2 kB, < 0.3`."""
+        if len(self.factors) == 1:
+            return self.factors[0].names[code]
+        keys = self.keys or tuple(f"factor {k}" for k in range(len(self.factors)))
+        named = zip(keys, self.factors, self.parts[code].tolist(), strict=True)
+        return ", ".join(f"{key.replace('_', ' ')} {f.names[y] if f.names else y}" for key, f, y in named if y >= 0) or "free"
+
+    @property
+    def covers(self) -> Tensor:
+        """Whether a full combination has all that a code asks for; bool (num_codes, num_classes)."""
+        asked, full = self.parts[:, None], self.parts[: self.num_classes]
+        return ((asked == full) | (asked < 0)).all(-1)
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows of an embedding table for each code, (num_codes, F): one factor after the other; the last row is every factor's null."""
+        first = torch.tensor([0, *itertools.accumulate(f.num_classes for f in self.factors)])
+        return torch.where(self.parts < 0, first[-1], self.parts + first[:-1])
+
+    def code(self, parts: Sequence[int | None]) -> int:
+        """The code of one label of each factor, None where it is free; UserError where there is none."""
+        if len(parts) != len(self.factors):
+            raise UserError(f"no label {list(parts)}: it needs {len(self.factors)} entries, None where free; {self.describe()}")
+        checked = [-1 if y is None else f.check(y).item() for f, y in zip(self.factors, parts, strict=True)]
+        return int((self.parts == torch.tensor(checked)).all(1).nonzero()[0, 0])
+
+    def codes(self, parts: Sequence[Tensor]) -> Tensor:
+        """The codes, int64 (N,), of full combinations: a tensor of labels (N,) for each factor."""
+        code = torch.zeros_like(parts[0])
+        for f, y in zip(self.factors, parts, strict=True):
+            code = code * f.num_classes + y
+        return code
+
+    def label(self, code: int) -> int | None | list[int | None]:
+        """What a user writes for `code`: with one factor an integer, otherwise a list with None where a factor is free."""
+        parts = [None if y < 0 else y for y in self.parts[code].tolist()]
+        return parts[0] if len(parts) == 1 else parts
+
+    def check(self, labels) -> Tensor:
+        """Codes, int64 with shape (B,), of what a user writes; UserError where it is not of this space.
+
+        One factor: see `Categorical.check`. Several: for each image a sequence of labels, None where a factor is free, or a mapping from
+        the factors' names, or None for no label; one such label alone makes one code.
+        """
+        if len(self.factors) == 1:
+            return self.factors[0].check(labels)
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
+        alone = labels is None or isinstance(labels, Mapping | str | int | float) or all(y is None or isinstance(y, int) for y in labels)
+        return torch.tensor([self._check_one(y) for y in ([labels] if alone else labels)], dtype=torch.int64)
+
+    def _check_one(self, label) -> int:
+        if label is None:
+            return self.null
+        if isinstance(label, Mapping):
+            if unknown := [key for key in label if key not in self.keys]:
+                raise UserError(f"no factor {unknown[0]!r}: the factors are {', '.join(self.keys)}")
+            label = [label.get(key) for key in self.keys]
+        if isinstance(label, str | int | float):
+            raise UserError(f"no label {label!r}: it needs {len(self.factors)} entries, None where free; {self.describe()}")
+        return self.code(label)
+
+    def describe(self) -> str:
+        """The labels in words, for messages and help texts."""
+        if len(self.factors) == 1:
+            return self.factors[0].describe()
+        keys = self.keys or tuple(f"factor {k}" for k in range(len(self.factors)))
+        return "; ".join(f"of {key}, {f.describe()}" for key, f in zip(keys, self.factors, strict=True))
+
+
+class LabelEmbedding(nn.Embedding):
+    """The sum of a vector for each factor of a label, (B, width), from codes (B,); zero at the start, and always for a free factor.
+
+    The weight has the factors' labels below each other, and last the one row of their nulls: the padding row, which gets no gradient.
+    """
+
+    def __init__(self, space: Factors, width: int, device: torch.device | str | None = None):
+        rows = space.rows
+        super().__init__(int(rows.max()) + 1, width, padding_idx=int(rows.max()), device=device)
+        self.register_buffer("rows", rows.to(device), persistent=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return super().forward(self.rows[codes]).sum(1)
+
+
+def factors_of(report: dict) -> list[dict]:
+    """The factors of a dataset's report.json, each with oracle, unit, num_classes, descending, edges, label_names.
+
+    A report of one factor is that factor's.
+    """
+    return report.get("factors") or [report]

@@ -69,8 +69,7 @@ class DctNetwork(nn.Module):
             return None
         z = ((features - self.shift) * self.scale).double().numpy()
         design, target = np.c_[z, np.ones(len(z))], targets.double().numpy()
-        lowest = np.r_[np.zeros(z.shape[1]), -np.inf]
-        fit = scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
+        fit = self.least_squares(design, target)
         residual = max(float(np.std(target - design @ fit)), 1e-3)
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(fit[None, :-1]))
@@ -79,6 +78,12 @@ class DctNetwork(nn.Module):
         self.linear.requires_grad_(False)
         return residual
 
+    @staticmethod
+    def least_squares(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Weights, none of them negative, and last the offset, of any sign."""
+        lowest = np.r_[np.zeros(design.shape[1] - 1), -np.inf]
+        return scipy.optimize.lsq_linear(design, target, (lowest, np.inf), max_iter=200).x
+
     def forward(self, features: Tensor) -> Tensor:
         z = (features - self.shift) * self.scale
         linear, correction = self.linear(z), self.mlp(3 * torch.tanh(z / 3))
@@ -86,6 +91,21 @@ class DctNetwork(nn.Module):
             return linear + correction
         mean = linear[:, 0] + self.bound * torch.tanh(correction[:, 0])
         return torch.cat([mean[:, None], correction[:, 1:]], dim=1)
+
+
+class PixelNetwork(DctNetwork):
+    """The same on the 8x8 means of the pixels, with weights of any sign: for scores such as brightness that are nearly linear in them."""
+
+    NUM_FEATURES = 3 * 64
+
+    def features(self, images: Tensor) -> Tensor:
+        """Means over an 8x8 grid of each channel, shape (B, 192)."""
+        return F.adaptive_avg_pool2d(images, 8).flatten(1)
+
+    @staticmethod
+    def least_squares(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The smallest weights of the best fit: pixels repeat each other, in grey images and along their borders."""
+        return np.linalg.lstsq(design, target, rcond=1e-6)[0]
 
 
 class ResidualBlock(nn.Module):
@@ -165,4 +185,4 @@ def load_clip(model: str, pretrained: str | None) -> nn.Module:
     return clip.eval().requires_grad_(False)
 
 
-NETWORKS = {"dct": DctNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}
+NETWORKS = {"dct": DctNetwork, "pixels": PixelNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}

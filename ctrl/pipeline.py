@@ -15,8 +15,18 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 
+class LabelEmbedding(torch.nn.Embedding):
+    """The sum over the factors of a label: from rows of the table with shape (B, factors) to (B, width)."""
+
+    def forward(self, rows):
+        return super().forward(rows).sum(1)
+
+
 class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     """StableDiffusionPipeline with `label` (an integer, or one for each prompt; None: no label), `strength` and `seed`.
+
+    An adapter of several factors takes a tuple of integers, or one for each prompt, with None for a factor that is left free; or a dict
+    from the factors' names.
 
     eps = eps_pre + strength · (eps_psi − eps_pre): 0 is the pretrained model, 1 the trained one. `seed` gives image k the seed
     `seed + k`. Steps, eta and prompt guidance are the adapter's unless given.
@@ -30,7 +40,7 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         control = json.loads((folder / "adapter.json").read_text())
         weight = load_file(folder / "label_embedding.safetensors")["weight"]
         self.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="ctrl")
-        embedding = torch.nn.Embedding(*weight.shape, padding_idx=control["null_label"])
+        embedding = LabelEmbedding(*weight.shape, padding_idx=len(weight) - 1)
         embedding.weight.data.copy_(weight)
         self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
         # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
@@ -41,7 +51,9 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         return self
 
     def check_labels(self, label, num_prompts):
-        """`label` as a tensor with shape (num_prompts,). Raises ValueError where it is not one of the adapter's labels."""
+        """`label` as rows of the embedding, (num_prompts, factors). Raises ValueError where it is not one of the adapter's labels."""
+        if "factors" in self.control:
+            return self.check_factors(label, num_prompts)
         null = self.control["null_label"]
         labels = torch.as_tensor(null if label is None else label)
         if labels.is_floating_point() or labels.dtype == torch.bool:
@@ -51,12 +63,46 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
             raise ValueError(f"label has shape {tuple(labels.shape)}: give one label, or one for each of the {num_prompts} prompts")
         if label is not None and not ((labels >= 0) & (labels < null)).all():
             raise ValueError(f"label is {label!r}: this adapter has the labels 0 to {null - 1} ({', '.join(self.control['label_names'])})")
-        return labels
+        return labels[:, None]
+
+    def check_factors(self, label, num_prompts):
+        """The same for an adapter of several factors, whose labels stand one factor after the other, the null behind all."""
+        factors = self.control["factors"]
+        null = sum(map(len, factors.values()))
+
+        def is_one(y):
+            flat = isinstance(y, list | tuple) and all(part is None or isinstance(part, int | float) for part in y)
+            return flat or y is None or isinstance(y, dict)
+
+        if isinstance(label, int | float | str):
+            raise ValueError(f"label is {label!r}: give an entry for each of {', '.join(factors)}, None where it is free")
+        label = label.tolist() if hasattr(label, "tolist") else label
+        labels = [label] * num_prompts if is_one(label) else list(label)
+        if len(labels) != num_prompts or not all(is_one(y) for y in labels):
+            raise ValueError(f"label is {label!r}: give one label, or one for each of the {num_prompts} prompts")
+        rows = []
+        for y in labels:
+            if isinstance(y, dict):
+                if unknown := [key for key in y if key not in factors]:
+                    raise ValueError(f"label is {y!r}: there is no factor {unknown[0]!r}, only {', '.join(factors)}")
+                y = [y.get(key) for key in factors]
+            y = [None] * len(factors) if y is None else list(y)
+            if len(y) != len(factors):
+                raise ValueError(f"label is {y!r}: give an entry for each of {', '.join(factors)}, None where it is free")
+            first, row = 0, []
+            for part, (key, names) in zip(y, factors.items(), strict=True):
+                if part is not None and (not isinstance(part, int) or isinstance(part, bool) or not 0 <= part < len(names)):
+                    raise ValueError(f"label is {y!r}: {key} has the labels 0 to {len(names) - 1} ({', '.join(names)})")
+                row.append(null if part is None else first + part)
+                first += len(names)
+            rows.append(row)
+        return torch.tensor(rows)
 
     @contextmanager
     def conditioned(self, labels, strength):
         """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength."""
-        unet, null = self.unet, self.control["null_label"]
+        unet = self.unet
+        null = unet.class_embedding.padding_idx
         forward = unet.forward
 
         def with_labels(sample, timestep, *args, **kwargs):
@@ -86,8 +132,8 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         if self.control is None:
             raise ValueError("no control is loaded: call load_control(folder) first")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        labels = self.check_labels(label, len(prompts)).repeat_interleave(num_images_per_prompt)
-        strength = 0.0 if label is None else strength
+        labels = self.check_labels(label, len(prompts)).repeat_interleave(num_images_per_prompt, dim=0)
+        strength = 0.0 if bool((labels == self.unet.class_embedding.padding_idx).all()) else strength
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
         sampler = self.control["sampler"]

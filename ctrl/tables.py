@@ -73,9 +73,14 @@ def to_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format="%.6g")
 
 
+def shown(name: str) -> tuple[str, float, int, bool]:
+    """The entry of SHOWN; accuracies of single factors and of held-out combinations are shown as the accuracy is."""
+    return SHOWN[name] if name in SHOWN else (name.replace("_", " ").replace("accuracy ", "accuracy, "), *SHOWN["accuracy"][1:])
+
+
 def number(row: pd.Series, name: str) -> str:
     """A figure as people read it: `0.953 [0.931, 0.973]`, or `–` where it is missing."""
-    _, factor, decimals, with_interval = SHOWN[name]
+    _, factor, decimals, with_interval = shown(name)
     if pd.isna(row.get(name)):
         return "–"
     text = [f"{factor * row[c]:.{decimals}f}" for c in (name, f"{name}_lo", f"{name}_hi") if c in row and not pd.isna(row[c])]
@@ -86,7 +91,9 @@ def number(row: pd.Series, name: str) -> str:
 def _shown(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and cells, as text, of the columns that people read."""
     names = [name for name in SHOWN if name in table]
-    headings = ["method", "fine-tunes", "learns x_t → y", "uses y ⊥ c given x", "n"] + [SHOWN[name][0] for name in names]
+    further = [c for c in table if c.startswith("accuracy_") and not c.endswith(("_lo", "_hi"))]  # of each factor, and held out
+    names[1:1] = further if names[:1] == ["accuracy"] else []
+    headings = ["method", "fine-tunes", "learns x_t → y", "uses y ⊥ c given x", "n"] + [shown(name)[0] for name in names]
     rows = []
     for _, row in table.iterrows():
         method = f"{row['method']} (noise floor)" if row["method"] == FLOOR else row["method"]
@@ -105,6 +112,8 @@ def _notes(table: pd.DataFrame) -> list[str]:
         notes.append("KID within cells compares each prompt and label on its own: right images under wrong labels count as wrong there.")
     if "diversity" in table:
         notes.append("Diversity is relative to that reference: 1 is right, collapse is near 0.")
+    if "accuracy_held_out" in table:
+        notes.append("Accuracy, held out: on the combinations of labels that no training image and no training request had.")
     if "nfe" in table:
         notes.append("NFE counts the denoiser's passes an image, forward and backward together; the CSV has them apart.")
     return notes

@@ -17,7 +17,7 @@ from ctrl.config import for_adapter, merge
 from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
 from ctrl.io import read_json, write_text
-from ctrl.labels import Categorical
+from ctrl.labels import Factors
 from scripts.common import ROOT, add_config_argument, load_config
 from scripts.loading import load_base, load_cells, log_prob_of_latents, new_control
 
@@ -66,9 +66,9 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
     settings = config["finetune"]
     base, process = load_base(config, args.num_threads)
     classifier = classifiers.load(args.classifier).to(base.device)
-    space, cells = Categorical.from_report(read_json(args.dataset / "report.json")), load_cells(args.cells)
+    space, cells = Factors.from_report(read_json(args.dataset / "report.json")), load_cells(args.cells)
     space.check([y for _, y in cells])
-    control = new_control(base, process, space.num_classes, config)
+    control = new_control(base, process, space, config)
     templates, guidance_scale = config["prompts"]["templates"]["train"], config["sampler"]["guidance_scale"]
     task = Task(control, process, cells, templates, guidance_scale, config["seed"])
     log_prob, small = log_prob_of_latents(base, classifier), settings | {"batch_size": settings["micro_batch_size"]}

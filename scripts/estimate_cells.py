@@ -10,6 +10,7 @@ from ctrl import classifier as classifiers
 from ctrl import errors
 from ctrl.data import load_images
 from ctrl.io import read_json, read_parquet, write_json
+from ctrl.labels import Factors
 from ctrl.pairs import possible_cells
 from scripts.common import add_config_argument, load_config
 
@@ -28,21 +29,31 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     config = load_config(args)
+    report = read_json(args.dataset / "report.json")
     pool, classifier = read_parquet(args.pool / "samples.parquet"), classifiers.load(args.classifier)
     images = load_images([args.pool / name for name in pool["file_name"]])
     p = torch.cat([classifier.log_probs(part.float() / 127.5 - 1).exp() for part in images.split(256)])
-    table = pd.DataFrame(p.numpy()).assign(subject=pool["subject"]).groupby("subject", sort=False).agg("mean")
-    cells = possible_cells(torch.tensor(table.to_numpy()), list(table.index), config["cells"]["min_probability"])
+    space = Factors.from_report(report)
+    if p.shape[1] != space.num_classes:
+        raise errors.UserError(f"{args.classifier} has {p.shape[1]} labels, {args.dataset} has {space.num_classes}")
+    codes = [*range(space.num_classes), *space.partial]
+    p = p @ space.covers[codes].to(p).T if space.partial else p
+    table = pd.DataFrame(p.numpy(), columns=codes).assign(subject=pool["subject"]).groupby("subject", sort=False).agg("mean")
+    possible = possible_cells(torch.tensor(table.to_numpy()), list(table.index), config["cells"]["min_probability"])
+    cells = [(subject, codes[k]) for subject, k in possible]
+    free = [(subject, code) for subject, code in cells if code > space.null]
     counts = pool["subject"].value_counts()
     result = {
         "subjects": list(table.index),
-        "labels": list(range(p.shape[1])),
-        "label_names": read_json(args.dataset / "report.json")["label_names"],
+        "labels": codes,
+        "label_names": [space.name(code) for code in codes],
         "num_images": [int(counts[s]) for s in table.index],
         "probability": table.round(5).to_numpy(),
         "min_probability": config["cells"]["min_probability"],
-        "cells": cells,
+        "cells": [cell for cell in cells if cell not in free],
     }
+    if space.partial:
+        result |= {"free": free, "held_out": report["held_out"]}
     write_json(args.output, result)
     print(f"{len(cells)} of {table.size} (subject, label) cells have probability >= {config['cells']['min_probability']}")
 

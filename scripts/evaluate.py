@@ -7,6 +7,7 @@ import torch
 
 from ctrl import errors, evaluation, features
 from ctrl.io import read_json, write_json
+from ctrl.labels import factors_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 
@@ -27,7 +28,9 @@ def main() -> None:
     config = load_config(args)
 
     report = read_json(args.dataset / "report.json")
-    samples, reference = (evaluation.load_samples(f, report["oracle"], report["num_classes"]) for f in (args.samples, args.reference))
+    factors = factors_of(report)
+    oracles = [factor["oracle"] for factor in factors]
+    samples, reference = (evaluation.load_samples(f, oracles, report["num_classes"]) for f in (args.samples, args.reference))
     settings = {}
     if args.adapter:
         trained = read_json(args.adapter / "adapter.json")
@@ -45,8 +48,11 @@ def main() -> None:
         log.log_artifact(args.output)
     shown = evaluation.values_of(result, ["accuracy", "macro_f1", "kid_rejection", "diversity", network.score_name])
     print(f"{args.method} (n = {result['n']}): " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    if (misses := result["misses"])["n"]:
-        print(f"{misses['n']} misses: half within {misses['median']:.3g} {report['unit']} of their bin, all within {misses['largest']:.3g}")
+    for factor in factors:
+        misses = result["misses"] if len(factors) == 1 else result["misses"][factor["oracle"]]
+        if misses["n"]:
+            unit = f" {factor['unit']}".rstrip()
+            print(f"{misses['n']} misses: half within {misses['median']:.3g}{unit} of their bin, all within {misses['largest']:.3g}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Examples, Task, train
 from ctrl.io import read_json, read_parquet
-from ctrl.labels import Categorical
+from ctrl.labels import Factors
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import agreement_of_latents, load_base, load_cells, load_oracle, log_prob_of_latents, new_control
+from scripts.loading import agreement_of_latents, load_base, load_oracle, load_training_cells, log_prob_of_latents, new_control
 
 
 def parse() -> argparse.Namespace:
@@ -61,10 +61,13 @@ def main() -> None:
     if not settings["gamma"] > 0:
         raise errors.UserError(f"--gamma is {settings['gamma']}: it must be above 0; 1 is the exact conditional law")
     base, process = load_base(config, args.num_threads)
-    classifier, cells = classifiers.load(args.classifier).to(base.device), load_cells(args.cells)
-    space = Categorical.from_report(read_json(args.dataset / "report.json"))
-    space.check([y for _, y in cells])
-    control = new_control(base, process, space.num_classes, config)
+    classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells)
+    space = Factors.from_report(read_json(args.dataset / "report.json"))
+    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
+        raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
+    if space.num_classes != classifier.num_classes:
+        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+    control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
         f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",
@@ -72,10 +75,10 @@ def main() -> None:
     )
 
     oracle, black_box = load_oracle(args.dataset), settings["trainer"] == "policy_gradient"
-    log_prob = agreement_of_latents(base, oracle) if black_box else log_prob_of_latents(base, classifier)
+    log_prob = agreement_of_latents(base, oracle, space) if black_box else log_prob_of_latents(base, classifier)
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        return {"oracle_accuracy": float((torch.tensor(oracle(images)) == labels).double().mean())}
+        return {"oracle_accuracy": float(space.covers[labels, torch.tensor(oracle(images))].double().mean())}
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     classifier_config = (args.classifier / "config.json").read_text()

@@ -12,10 +12,12 @@ from ctrl import base as base_models
 from ctrl import classifier as classifiers
 from ctrl.base import Base
 from ctrl.control import Control
+from ctrl.data import measured_labels
 from ctrl.errors import UserError
 from ctrl.generate import MakeDenoiser
 from ctrl.io import read_json
-from ctrl.oracles import get_oracle, score_to_label, to_pil
+from ctrl.labels import Factors, factors_of
+from ctrl.oracles import get_oracle, to_pil
 from ctrl.process import Process
 
 
@@ -38,37 +40,52 @@ def load_method(name: str, path: Path) -> pd.Series:
 
 
 def load_cells(path: Path) -> list[tuple[str, int]]:
-    """The (subject, label) pairs of cells.json."""
+    """The (subject, label) pairs of cells.json that the table asks for."""
     return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
+
+
+def load_training_cells(path: Path) -> list[tuple[str, int]]:
+    """The pairs to train on: with several factors also labels that leave some of them free, and no combination that is held out."""
+    cells = read_json(path)
+    held_out = cells.get("held_out", [])
+    training = [(subject, int(label)) for subject, label in cells["cells"] + cells.get("free", []) if label not in held_out]
+    if not training:
+        raise UserError(f"{path}: no (subject, label) pair is left to train on; hold out fewer combinations (label.held_out)")
+    return training
 
 
 def load_oracle(dataset: Path) -> Callable[[Tensor], np.ndarray]:
     """The function from images in [-1, 1] with shape (B, 3, H, W) to their labels, with the bins of a dataset's report.json."""
     report = read_json(dataset / "report.json")
-    oracle = get_oracle(report["oracle"])
-    return lambda images: score_to_label(np.array([oracle(image) for image in to_pil(images)]), report["edges"], report["descending"])
+    oracles = {factor["oracle"]: get_oracle(factor["oracle"]) for factor in factors_of(report)}
+
+    def labels_of(images: Tensor) -> np.ndarray:
+        pictures = to_pil(images)
+        return measured_labels({name: np.array([oracle(image) for image in pictures]) for name, oracle in oracles.items()}, report)
+
+    return labels_of
 
 
-def log_prob_of_latents(base: Base, classifier: classifiers.Classifier) -> Callable[[Tensor, Tensor, float], Tensor]:
+def log_prob_of_latents(base: Base, classifier: classifiers.Classifier | classifiers.Product) -> Callable[[Tensor, Tensor, float], Tensor]:
     """log p̂(y | decode(x_0)) in nats with shape (B,), from latents, labels and a factor on the temperature; differentiable."""
     return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
 
 
-def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray]) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """1 where the oracle gives decode(x_0) the label asked for, else 0, with shape (B,); a black box, without a gradient."""
+def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray], space: Factors) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """1 where the oracle gives decode(x_0) a label that the asked one covers, else 0, with shape (B,); a black box, without a gradient."""
 
     @torch.no_grad()
     def agreement(x_0: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
-        return (torch.as_tensor(oracle(base.decode(x_0)), device=y.device) == y).float()
+        return space.covers[y.cpu(), torch.as_tensor(oracle(base.decode(x_0)))].float().to(y.device)
 
     return agreement
 
 
-def new_control(base: Base, process: Process, num_classes: int, config: dict) -> Control:
+def new_control(base: Base, process: Process, space: Factors, config: dict) -> Control:
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]
     min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
-    return Control(base, num_classes, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
+    return Control(base, space, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
 
 
 def pretrained_denoiser(base: Base, process: Process, config: dict) -> MakeDenoiser:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ctrl import errors, figures
 from ctrl.evaluation import load_samples
 from ctrl.io import read_json
+from ctrl.labels import factors_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 
@@ -32,8 +33,9 @@ def main() -> None:
     config = load_config(args)
 
     report, cells = read_json(args.dataset / "report.json"), read_json(args.cells)
+    oracles = [factor["oracle"] for factor in factors_of(report)]
     asked = [(subject, label) for subject, label in cells["cells"]]
-    samples = {folder.name: load_samples(folder, report["oracle"], report["num_classes"]) for folder in args.samples}
+    samples = {folder.name: load_samples(folder, oracles, report["num_classes"]) for folder in args.samples}
     evaluations = [read_json(path) for path in args.evaluations]
     histories = {path.parent.name: read_history(path) for path in args.history}
     written = []
@@ -47,6 +49,8 @@ def main() -> None:
             figures.grid(drawn, asked, cells["subjects"], report, figures.method_name(method), path(f"grid_{method}"))
         figures.sizes({method: drawn.table for method, drawn in samples.items()}, report, path("sizes"))
         figures.confusion({e["method"]: e["confusion"] for e in evaluations}, report, path("confusion"))
+        if "factors" in report:
+            figures.factor_accuracies(evaluations, path("factors"))
         if histories:
             figures.training(histories, path("training"), report["num_classes"])
         trained = next((samples[name] for name in ("ctrl", *histories) if name in samples), None)

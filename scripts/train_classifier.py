@@ -4,11 +4,13 @@ import argparse
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from ctrl import classifier as classifiers
 from ctrl import errors, io, oracles, tracking
 from ctrl.data import load_images
+from ctrl.labels import factors_of
 from scripts.common import add_config_argument, load_config
 
 
@@ -32,6 +34,27 @@ def load_generated(folder: Path, report: dict) -> tuple[torch.Tensor, torch.Tens
     return images, torch.from_numpy(oracles.score_to_label(scores, report["edges"], report["descending"]))
 
 
+def train_factor(report: dict, table: pd.DataFrame, images: torch.Tensor, settings: dict, args, run, seed: int, device: str):
+    """The classifier of one factor, its panels for the reliability diagram, and its entry in metrics.json."""
+    keys = ("num_classes", "descending", "edges", "oracle", "unit", "label_names", "image_size")
+    description = {"network": settings["network"], "head": settings["head"], **{k: report[k] for k in keys}}
+    if settings["network"] == "clip":
+        description["clip"] = settings["clip"]
+    scores = table[f"score_{report['oracle']}"]
+    labels = pd.Series(oracles.score_to_label(scores, report["edges"], report["descending"]), table.index)
+    classifier, history = classifiers.fit(images, scores, labels, table["split"], description, settings, seed, device)
+    for row in history:
+        run.log_metrics(row, row["epoch"])
+    held_out = table[table["split"] == "val"].index.tolist()
+    sets = {"val": (images[held_out], torch.tensor(labels[held_out].tolist()))}
+    if args.generated:
+        sets["generated"] = load_generated(args.generated, report)
+    panels = {s: (classifiers.predict(classifier, x), y) for s, (x, y) in sets.items()}
+    results = {s: classifiers.evaluate(*panel) for s, panel in panels.items()}
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    return classifier, panels, {"generated": None, **results, "temperature": classifier.temperature.item(), "epoch": best}
+
+
 def main() -> None:
     args, started = parse(), time.perf_counter()
     config = load_config(args)
@@ -39,37 +62,30 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
     images = load_images(table["path"])
-    settings = config["classifier"]
-    keys = ("num_classes", "descending", "edges", "oracle", "unit", "label_names", "image_size")
-    description = {"network": settings["network"], "head": settings["head"], **{k: report[k] for k in keys}}
-    if settings["network"] == "clip":
-        description["clip"] = settings["clip"]
+    settings, factors = config["classifier"], factors_of(report)
+    networks = {f["oracle"]: f.get("network") or settings["network"] for f in config["label"]["factors"] or []}
 
     name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
     with tracking.run(config, config["experiment"], name, {"network": settings["network"]}, uri) as run:
-        scores = table[f"score_{report['oracle']}"]
-        classifier, history = classifiers.fit(
-            images, scores, table["label"], table["split"], description, settings, config["seed"], device
-        )  # fmt: skip
-        for row in history:
-            run.log_metrics(row, row["epoch"])
-        held_out = table[table["split"] == "val"]
-        sets = {"val": (images[held_out.index.tolist()], torch.tensor(held_out["label"].tolist()))}
-        if args.generated:
-            sets["generated"] = load_generated(args.generated, report)
-        panels = {s: (classifiers.predict(classifier, x), y) for s, (x, y) in sets.items()}
-        results = {s: classifiers.evaluate(*panel) for s, panel in panels.items()}
-        best = min(history, key=lambda row: row["val_loss"])["epoch"]
-        results = {"generated": None, **results, "temperature": classifier.temperature.item(), "epoch": best}
+        parts, panels, results = [], {}, {}
+        for factor in factors:
+            factor = factor | {"image_size": report["image_size"]}
+            own = settings | {"network": networks.get(factor["oracle"], settings["network"])}
+            classifier, panel, result = train_factor(factor, table, images, own, args, run, config["seed"], device)
+            parts.append(classifier)
+            several = len(factors) > 1
+            panels |= {f"{factor['oracle']}, {s}" if several else s: p for s, p in panel.items()}
+            results |= {factor["oracle"]: result} if several else result
+        classifier = parts[0] if len(parts) == 1 else classifiers.Product(parts)
         with io.atomic_folder(args.output) as folder:
             classifiers.save(folder, classifier)
             io.write_json(folder / "metrics.json", results | {"train_seconds": round(time.perf_counter() - started, 2)})
             classifiers.reliability_diagram(panels).savefig(folder / "reliability.png", dpi=150)
         run.log_metrics(results)
         run.log_artifact(args.output)
-    for s in sets:
-        figures = ", ".join(f"{k} {v:.3f}" for k, v in results[s]["after"].items())
-        print(f"{s} (n = {results[s]['n']}): {figures}")
+    for name, (log_probs, labels) in panels.items():
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in classifiers.evaluate(log_probs, labels)["after"].items())
+        print(f"{name} (n = {len(labels)}): {figures}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from ctrl import control as controls
 from ctrl import errors, features
-from ctrl.evaluation import Samples, evaluate, load_samples, score_images, values_of
+from ctrl.evaluation import Samples, evaluate, load_samples, values_of, with_scores
 from ctrl.figures import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
+from ctrl.labels import factors_of
 from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
@@ -38,7 +39,8 @@ def main() -> None:
         raise errors.UserError(f"--method: {args.method} has no scale to tune (config key tuning.{args.method})")
     base, process = load_base(config, args.num_threads)
     report, network = read_json(args.dataset / "report.json"), features.load(config["evaluation"]["features"])
-    reference = load_samples(args.reference, report["oracle"], report["num_classes"])
+    oracles = [factor["oracle"] for factor in factors_of(report)]
+    reference = load_samples(args.reference, oracles, report["num_classes"])
     cells = load_cells(args.cells)
     per_label = config["tuning"]["num_images"] // report["num_classes"]
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS["val"]
@@ -58,7 +60,7 @@ def main() -> None:
             draw = denoised(base, process, make_denoiser(scale))
             images, tables = zip(*generate(base, rows, draw, config["sampler"]["batch_size"]), strict=True)
             pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
-            table = pd.concat(tables).assign(file_name="", score=score_images(pixels, report["oracle"]))
+            table = with_scores(pd.concat(tables).assign(file_name=""), pixels, oracles)
             samples = Samples(args.output, table, pixels, {})
             figures = evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
             names = ["accuracy", "macro_f1", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]

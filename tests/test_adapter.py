@@ -13,6 +13,7 @@ from ctrl import control as controls
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.errors import UserError
 from ctrl.io import write_json
+from ctrl.labels import Categorical, Factors
 from ctrl.oracles import to_pil
 from ctrl.sampling import noise_of, sample
 
@@ -40,7 +41,7 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[control.null] = 0
+        control.base.unet.class_embedding.weight[-1] = 0
     last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
     settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
     extra = {
@@ -53,7 +54,8 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
         "finetune": settings,
     }
     sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
-    described = controls.describe(control, str(tiny_sd), sampler, ["a", "b", "c"], extra)
+    names = control.space.names or ["a", "b", "c"]
+    described = controls.describe(control, str(tiny_sd), sampler, names, extra)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(control, folder, described, "coat")
@@ -147,3 +149,32 @@ def test_card_says_what_the_recipe_amounts_to(control, adapter, amounts_to, says
     folder, described = adapter
     write_adapter(control, folder, described | {"effective_gamma": amounts_to}, "coat")
     assert says in (folder / "README.md").read_text()
+
+
+PAIR = Factors((Categorical(2, ("large", "small")), Categorical(3, ("dark", "grey", "light"))), ("size", "shade"))
+
+
+@pytest.fixture
+def pair(base):
+    return controls.Control(base, PAIR, 4, ["to_q", "to_v", "conv1"], seed=0, min_timestep=260)
+
+
+@pytest.mark.slow
+def test_plain_diffusers_draws_the_same_images_for_several_factors(pair, process, tiny_sd, tmp_path, spacing):
+    folder, described = adapter.__wrapped__(tiny_sd, pair, tmp_path, process, spacing)
+    cells = [("coat", PAIR.code((1, 2))), ("bag", PAIR.code((0, None))), ("bag", PAIR.code((None, 1)))]
+    check_in_plain_diffusers(pair, process, folder, described, cells, ["{}"])
+    assert "| [1, 2] | " in (folder / "README.md").read_text() and "label=[0, 0]" in (folder / "README.md").read_text()
+
+
+def test_pipeline_takes_labels_of_several_factors(tiny_sd, pair, process, tmp_path, spacing):
+    pipe = ctrl.load(tiny_sd, adapter=adapter.__wrapped__(tiny_sd, pair, tmp_path, process, spacing)[0])
+    codes = PAIR.check([(1, None), (0, 2)])
+    expected = ours(pair, process, ["coat", "bag"], codes.tolist(), 3)
+    for label in ([(1, None), (0, 2)], [{"size": 1}, {"shade": 2, "size": 0}]):
+        assert np.abs(stack(pipe(["coat", "bag"], label=label, seed=3).images) - expected).max() <= 1
+    free = [stack(pipe(["coat", "bag"], label=label, seed=3).images) for label in (None, (None, None), [None, {}])]
+    assert np.array_equal(free[0], free[1]) and np.array_equal(free[0], free[2])
+    for wrong in (1, "dark", [(0, 1)], (2, 0), (0,), [(0, 1), 1], {"colour": 1}, [(0.5, 1), (0, 1)], [(True, 1), (0, 1)]):
+        with pytest.raises(ValueError, match="label"):
+            pipe(["coat", "bag"], label=wrong)

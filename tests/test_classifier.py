@@ -359,3 +359,44 @@ def test_reliability_diagram_draws_a_panel_for_each_set():
     figure = classifiers.reliability_diagram({"val": panel, "generated": panel})
     assert [axes.get_title() for axes in figure.axes] == ["val (n = 50)", "generated (n = 50)"]
     figure.savefig(memory.BytesIO())
+
+
+@pytest.fixture
+def pair():
+    """Two classifiers with random weights: sizes in three bins, brightness in two."""
+    torch.manual_seed(0)
+    size = {"network": "dct", "head": "softmax", "num_classes": 3, "descending": True, "edges": [1.0, 1.2]}
+    shade = {"network": "pixels", "head": "density", "num_classes": 2, "descending": False, "edges": [0.5]}
+    parts = [classifiers.Classifier(size), classifiers.Classifier(shade)]
+    for part in parts:
+        for p in part.parameters():
+            p.data.normal_(std=0.1)
+    return classifiers.Product(parts).eval().requires_grad_(False)
+
+
+def test_a_product_multiplies_the_factors_that_are_set(pair, tmp_path):
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    size, shade = (factor.log_probs(images, 2.0) for factor in pair.factors)
+    joint = pair.log_probs(images, 2.0)
+    assert torch.allclose(joint.exp().sum(1), torch.ones(4))
+    codes = pair.space.check([(2, 1), (2, None), (None, 1), None])
+    expected = torch.stack([size[0, 2] + shade[0, 1], size[1, 2], shade[2, 1], torch.tensor(0.0)])
+    assert torch.allclose(pair.log_prob(images, codes, 2.0), expected) and torch.allclose(joint[0, 5], expected[0])
+    free = pair.space.covers[codes[1]]
+    assert torch.allclose(joint[1, free].exp().sum().log(), expected[1]), "the margin of the joint law"
+    classifiers.save(tmp_path, pair)
+    assert torch.equal(classifiers.load(tmp_path).log_probs(images), pair.log_probs(images))
+
+
+def test_pixels_see_brightness(real):
+    images, _, splits, _ = real
+    scores = images.float().mean((1, 2, 3)).numpy() / 255
+    edges = [float(np.median(scores))]
+    description = {"network": "pixels", "head": "density", "num_classes": 2, "descending": False, "edges": edges}
+    settings = {"num_epochs": 3, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
+    labels = (scores >= edges[0]).astype(int)
+    classifier, _ = classifiers.fit(images, scores, labels, splits, description, settings, seed=0)
+    log_probs = classifiers.predict(classifier, images)["after"]
+    assert (log_probs.argmax(1).numpy() == labels).mean() > 0.99
+    scale = classifier.head.logistic(classifier.outputs(images[:50].float() / 127.5 - 1))[1] * classifier.temperature
+    assert (scale > 0.9 * classifier.head.MIN_SCALE * classifier.head.score_sd).all(), "no step that nothing climbs"

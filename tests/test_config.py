@@ -98,6 +98,12 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("seed: true", "seed is true; it must be a whole number"),
         ("experiment: ../up", "experiment is ../up"),
         ("gamma_sweep: []", "gamma_sweep is []"),
+        ("label: {held_out: [[0, 1]]}", "without label.factors there are no combinations"),
+        ("label: {factors: [{oracle: brightness}, {oracle: brightness}]}", "names an oracle twice"),
+        ("label: {factors: [{oracle: brightness}]}", "label.factors"),
+        ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0, 4]]}", "there are 4 x 4 labels"),
+        ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0]]}", "a label of each factor"),
+        ("label: {factors: [{oracle: brightness}, {oracles: jpeg_size}]}", "label.factors.1.oracles"),
         ("[1, 2]", "must hold keys and values"),
         ("a: [", "no valid YAML"),
     ],
@@ -130,3 +136,12 @@ def test_every_guided_method_has_scales_and_every_scale_a_method():
         check_scales(METHODS, {"num_images": 8})
     with pytest.raises(UserError, match="unknown key tuning.mpdg; did you mean tuning.mpgd?"):
         check_scales(METHODS, scales | {"mpdg": {"scale": [1.0]}})
+
+
+def test_factors_inherit_the_label_and_multiply(tmp_path):
+    text = "label: {num_classes: 2, factors: [{oracle: jpeg_size}, {oracle: brightness, edges: [0.2, 0.4]}], held_out: [[0, 2]]}"
+    label = load(tmp_path, text)["label"]
+    assert [f["num_classes"] for f in label["factors"]] == [2, 3] and label["num_classes"] == 6
+    assert label["factors"][0] == {"edges": "quantiles", "num_classes": 2, "descending": True, "oracle": "jpeg_size"}
+    again = load(tmp_path, json.dumps({"label": label}))["label"]
+    assert again == label, "the complete configuration is one itself"

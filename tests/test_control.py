@@ -10,6 +10,7 @@ from ctrl import control as controls
 from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.io import write_json
+from ctrl.labels import Categorical, Factors
 from ctrl.sampling import noise_of, sample
 
 PROMPTS = ["coat", "a bag", "bag"]
@@ -207,3 +208,29 @@ def test_label_guidance_goes_from_no_label_to_the_label_and_beyond(base, process
             guided = control.guided_denoiser(process, PROMPTS, LABELS, scale, guidance_scale)(noise[0], 0)
             assert torch.allclose(guided, free + scale * (labelled - free), atol=1e-4)
     assert not torch.allclose(free, labelled, atol=1e-2)
+
+
+PAIR = Factors((Categorical(2, ("large", "small")), Categorical(3, ("dark", "grey", "light"))), ("size", "shade"))
+
+
+def test_several_factors_start_as_the_base_and_a_free_one_has_no_say(tiny_sd, base, process, noise, tmp_path):
+    before = sample(process, base.denoiser(process, PROMPTS), noise)
+    control = Control(base, PAIR, 4, ["to_q", "to_v", "conv1"])
+    labels = PAIR.check([(1, 2), (1, None), None])
+    assert torch.equal(sample(process, control.denoiser(process, PROMPTS, labels), noise), before)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in control.parameters().values():
+            p.add_(0.1 * torch.randn_like(p))
+        base.unet.class_embedding.weight[-1] = 0
+        drawn = sample(process, control.denoiser(process, PROMPTS, labels), noise)
+        base.unet.class_embedding.weight[2:5] += 1  # the other factor's
+        changed = sample(process, control.denoiser(process, PROMPTS, labels), noise)
+        base.unet.class_embedding.weight[2:5] -= 1
+    assert not torch.allclose(changed[0], drawn[0], atol=1e-3)
+    assert torch.allclose(changed[1:], drawn[1:], atol=1e-5), "the factor was free there"
+    save(control, tmp_path / "a")
+    loaded = controls.load(bases.load(tiny_sd), tmp_path / "a")
+    assert loaded.space == PAIR and loaded.null == 6
+    drawn = sample(process, control.denoiser(process, PROMPTS, labels), noise)
+    assert torch.equal(sample(process, loaded.denoiser(process, PROMPTS, labels), noise), drawn)

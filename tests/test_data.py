@@ -246,3 +246,24 @@ def test_unpack_bad_files(tmp_path):
 def test_embedded_images_are_there():
     images, labels = data.read_idx(IDX, "t10k")
     assert images.shape == (10_000, 3, 32, 32) and labels.bincount().tolist() == [1000] * 10
+
+
+FACTORS = [LABEL | {"num_classes": 2}, {"oracle": "brightness", "edges": [0.5], "num_classes": 2, "descending": False}]
+
+
+def test_two_factors_are_one_label_and_what_is_held_out_is_in_no_split(folder):
+    table, report = data.build(folder, 8, {"factors": FACTORS, "held_out": [[0, 1]]}, SHARES)
+    size = report["factors"][0]
+    parts = np.stack([table["score_jpeg_size"] < size["edges"][0], table["score_brightness"] >= 0.5], 1).astype(int)
+    assert (table["label"] == 2 * parts[:, 0] + parts[:, 1]).all()
+    assert report["num_classes"] == 4 and report["held_out"] == [1] and report["label_names"][1].startswith("jpeg size >= ")
+    assert ((table["split"] == "held_out") == (table["label"] == 1)).all() and report["counts"]["train"][1] == 0
+    assert report["counts"]["held_out"][1] == (table["label"] == 1).sum() > 0
+    assert data.measured_labels({n: table[f"score_{n}"] for n in ("jpeg_size", "brightness")}, report).tolist() == table["label"].tolist()
+    assert len(data.histogram(table, report).axes) == 2
+
+
+def test_one_factor_is_the_single_label(folder):
+    table, report = data.build(folder, 8, LABEL, SHARES)
+    same, described = data.build(folder, 8, {"factors": [LABEL]}, SHARES)
+    assert table.equals(same) and report == described

@@ -209,3 +209,30 @@ def test_cells_are_labels_where_the_images_are_too_few_for_subjects(tmp_path):
     many = [write_samples(tmp_path / name, REQUESTED, REQUESTED, seed) for name, seed in (("many", 0), ("many_r", 100))]
     own, right = evaluation.number_cells(*load(many))
     assert own.tolist() == right.tolist() and own.bincount().tolist() == [6] * 8
+
+
+def test_accuracy_of_each_factor_and_of_what_is_held_out():
+    factor = {"num_classes": 2, "label_names": ["high", "low"]}
+    report = {"factors": [factor | {"oracle": "jpeg_size"}, factor | {"oracle": "brightness"}], "held_out": [1]}
+    requested, measured = torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, 1, 3, 3, 3])
+    figures = evaluation.accuracies_of_factors(requested, measured, report, lambda f: {"value": f(torch.arange(5)), "n": 5})
+    assert figures["accuracy_jpeg_size"]["value"] == pytest.approx(4 / 5), "1 asks for 0, 3 has 1"
+    assert figures["accuracy_brightness"]["value"] == pytest.approx(4 / 5), "2 asks for 0, 3 has 1"
+    assert figures["accuracy_held_out"] == {"value": 0.5, "n": 2}
+    assert "accuracy_held_out" not in evaluation.accuracies_of_factors(requested, measured, report | {"held_out": []}, lambda f: {})
+
+
+def test_two_factors_from_images(tmp_path, network):
+    """Whatever their size, pictures as bright as asked for are right in that factor."""
+    names = {"num_classes": 2, "label_names": ["high", "low"], "unit": ""}
+    size = names | {"oracle": "jpeg_size", "edges": [1e-3], "descending": True}  # all are larger: label 0
+    shade = names | {"oracle": "brightness", "edges": [0.5], "descending": True}
+    report = {"factors": [size, shade], "num_classes": 4, "held_out": []}
+    requested = [0, 1, 2, 3] * 12
+    measured = [0 if y % 2 else 3 for y in requested]  # dark where brightness is asked to be low
+    folders = [write_samples(tmp_path / name, measured, requested, seed) for name, seed in (("own", 0), ("reference", 1000))]
+    own, reference = (evaluation.load_samples(f, ["jpeg_size", "brightness"], 4) for f in folders)
+    result = evaluation.evaluate(own, reference, network, report, CONFIG)
+    assert result["metrics"]["accuracy_brightness"]["value"] == 1 and result["metrics"]["accuracy_jpeg_size"]["value"] == 0.5
+    assert result["metrics"]["accuracy"]["value"] == 0.5 and result["misses"]["jpeg_size"]["n"] == 24
+    assert result["misses"]["brightness"] == {"n": 0}

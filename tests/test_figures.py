@@ -215,3 +215,20 @@ def test_the_script_of_sweeps(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, plot_sweep, "--evaluations", tmp_path / "none.json", "--output", tmp_path / "sweep.png")
     assert "has no gamma" in capsys.readouterr().err
+
+
+def test_figures_of_two_factors(tmp_path):
+    names = {"num_classes": 2, "label_names": ["high", "low"], "edges": [1.0], "descending": True, "unit": ""}
+    factors = [names | {"oracle": "jpeg_size"}, names | {"oracle": "brightness", "edges": [0.5]}]
+    joint = ["a high, b high", "a high, b low", "a low, b high", "a low, b low"]
+    report = {"factors": factors, "num_classes": 4, "label_names": joint, "held_out": [1]}
+    rng = np.random.default_rng(0)
+    columns = {"label": np.arange(40) % 4, "score_jpeg_size": rng.uniform(0.5, 1.5, 40), "score_brightness": rng.uniform(0, 1, 40)}
+    figures.sizes({"ctrl": pd.DataFrame(columns)}, report, tmp_path / "sizes.png")
+    metric = {"value": 0.8, "lo": 0.7, "hi": 0.9}
+    metrics = dict.fromkeys(("accuracy", "accuracy_jpeg_size", "accuracy_brightness", "accuracy_held_out"), metric)
+    figures.factor_accuracies([{"method": "ctrl", "metrics": metrics}], tmp_path / "factors.png")
+    assert (tmp_path / "sizes.png").stat().st_size > 1000 and (tmp_path / "factors.png").stat().st_size > 1000
+    row = pd.Series({"score_jpeg_size": 1.2, "score_brightness": 0.2})
+    assert figures._caption(row, 1, report) == ("1.20 · 0.20", figures.INK)
+    assert figures._caption(row, 0, report) == ("1.20 · 0.20", figures.WRONG)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ctrl.errors import UserError
-from ctrl.labels import Categorical
+from ctrl.labels import Categorical, Factors, LabelEmbedding
 
 SPACE = Categorical(4, ("huge", "large", "small", "tiny"))
 
@@ -45,3 +45,71 @@ def test_bad_spaces():
     with pytest.raises(UserError, match="2 label names for 3 classes"):
         Categorical(3, ("a", "b"))
     assert "0 to 2" in Categorical(3).describe()
+
+
+PAIR = Factors((Categorical(2, ("large", "small")), Categorical(3, ("dark", "grey", "light"))), ("size", "shade"))
+
+
+def test_codes_are_combinations_then_the_null_then_what_leaves_a_factor_free():
+    full = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert PAIR.num_classes == PAIR.null == 6 and PAIR.num_codes == 3 * 4
+    assert [PAIR.label(code) for code in range(6)] == full
+    assert PAIR.label(6) == [None, None]
+    assert sorted(PAIR.label(c) for c in PAIR.partial if PAIR.label(c)[0] is None) == [[None, 0], [None, 1], [None, 2]]
+    assert all(PAIR.code(PAIR.label(code)) == code for code in range(PAIR.num_codes))
+    assert PAIR.codes([torch.tensor([0, 1]), torch.tensor([2, 1])]).tolist() == [2, 4]
+
+
+def test_one_factor_is_the_categorical_label():
+    one = Factors((SPACE,), ("size",))
+    assert (one.num_classes, one.null, one.num_codes, one.partial) == (4, 4, 5, [])
+    assert one.names == SPACE.names and one.describe() == SPACE.describe() and one.label(3) == 3 and one.label(4) is None
+    assert one.check([3, None, 0]).tolist() == SPACE.check([3, None, 0]).tolist()
+    assert torch.equal(one.rows, torch.arange(5)[:, None]) and torch.equal(one.covers[:4], torch.eye(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ((1, 2), [[1, 2]]),
+        ([(1, None), None], [[1, None], [None, None]]),
+        ({"shade": 1}, [[None, 1]]),
+        ([{"size": 0, "shade": 2}, (None, 0)], [[0, 2], [None, 0]]),
+        (torch.tensor([[0, 1], [1, 1]]), [[0, 1], [1, 1]]),
+        (None, [[None, None]]),
+    ],
+)
+def test_labels_of_several_factors(labels, expected):
+    assert [PAIR.label(code) for code in PAIR.check(labels).tolist()] == expected
+
+
+@pytest.mark.parametrize("labels", [3, "dark", [(0, 3)], [(0,)], (2, 0), (0, 1, 0), [(0.5, 1)], [(True, 1)], {"colour": 1}, [(0, 1), 5]])
+def test_wrong_labels_of_several_factors(labels):
+    with pytest.raises(UserError, match="no label|no factor"):
+        PAIR.check(labels)
+
+
+def test_a_code_covers_the_combinations_that_have_all_it_asks_for():
+    assert PAIR.covers[PAIR.null].all()
+    assert PAIR.covers[PAIR.code((None, 1))].nonzero()[:, 0].tolist() == [1, 4]
+    assert PAIR.covers[PAIR.code((1, None))].nonzero()[:, 0].tolist() == [3, 4, 5]
+    assert PAIR.name(PAIR.code((None, 1))) == "shade grey" and PAIR.names[5] == "size small, shade light"
+
+
+def test_the_embedding_is_the_sum_over_the_factors_that_are_set():
+    embedding = LabelEmbedding(PAIR, 8)
+    assert embedding.weight.shape == (2 + 3 + 1, 8) and not embedding.weight.any()
+    with torch.no_grad():
+        embedding.weight[:5] = torch.randn(5, 8)
+    both, size, shade = embedding(PAIR.check([(1, 2), (1, None), (None, 2)]))
+    assert torch.equal(size, embedding.weight[1]) and torch.equal(shade, embedding.weight[4]) and torch.equal(both, size + shade)
+    assert not embedding(PAIR.check(None)).any()
+    embedding(PAIR.check([(1, None), None])).sum().backward()
+    assert embedding.weight.grad.abs().sum(1).nonzero()[:, 0].tolist() == [1], "a free factor gets no gradient"
+
+
+def test_bad_factors():
+    with pytest.raises(UserError, match="different names"):
+        Factors((SPACE, SPACE), ("size", "size"))
+    with pytest.raises(UserError, match="too many"):
+        Factors((Categorical(99), Categorical(99), Categorical(99)))

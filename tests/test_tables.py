@@ -104,3 +104,10 @@ def test_mistakes():
 def test_the_shipped_methods_have_the_columns():
     methods = tables.read_methods(Path(__file__).resolve().parent.parent / "config/methods.tsv")
     assert set(tables.DESCRIPTION) <= set(methods) and methods["method"].is_unique
+
+
+def test_accuracies_of_factors_follow_the_accuracy():
+    further = {"accuracy_brightness": figure(0.9), "accuracy_held_out": figure(0.5)}
+    text = tables.to_markdown(tables.build(METHODS, [evaluation("ctrl", 0.8, **further), evaluation("rejection", 1.0, **further)]))
+    assert "| n | accuracy | accuracy, brightness | accuracy, held out |" in text.splitlines()[0]
+    assert "no training image and no training request" in text

@@ -54,6 +54,11 @@ rule plot_figures:
         teaser=report("results/{experiment}/figures/teaser.png", caption="../report/teaser.rst", category="3 Results"),
         sizes=report("results/{experiment}/figures/sizes.png", caption="../report/sizes.rst", category="3 Results"),
         confusion=report("results/{experiment}/figures/confusion.png", caption="../report/confusion.rst", category="3 Results"),
+        factors=report(
+            expand("results/{{experiment}}/figures/{name}.png", name=["factors"] if config["label"]["factors"] else []),
+            caption="../report/factors.rst",
+            category="3 Results",
+        ),
         training=report("results/{experiment}/figures/training.png", caption="../report/training.rst", category="4 Training"),
         grids=report(
             expand("results/{{experiment}}/figures/grid_{method}.png", method=methods("results")),
@@ -95,6 +100,11 @@ use rule plot_figures as plot_figures_paper with:
         teaser=report("results/{experiment}/figures_paper/teaser.png", caption="../report/teaser.rst", category="6 Long run"),
         sizes=report("results/{experiment}/figures_paper/sizes.png", caption="../report/sizes.rst", category="6 Long run"),
         confusion=report("results/{experiment}/figures_paper/confusion.png", caption="../report/confusion.rst", category="6 Long run"),
+        factors=report(
+            expand("results/{{experiment}}/figures_paper/{name}.png", name=["factors"] if config["label"]["factors"] else []),
+            caption="../report/factors.rst",
+            category="6 Long run",
+        ),
         training=report("results/{experiment}/figures_paper/training.png", caption="../report/training.rst", category="6 Long run"),
         grids=report(
             expand("results/{{experiment}}/figures_paper/grid_{method}.png", method=methods("paper")),
