@@ -231,4 +231,4 @@ def test_figures_of_two_factors(tmp_path):
     assert (tmp_path / "sizes.png").stat().st_size > 1000 and (tmp_path / "factors.png").stat().st_size > 1000
     row = pd.Series({"score_jpeg_size": 1.2, "score_brightness": 0.2})
     assert figures._caption(row, 1, report) == ("1.2 · 0.2", figures.INK)
-    assert figures._caption(row, 0, report) == ("1.20 · 0.20", figures.WRONG)
+    assert figures._caption(row, 0, report) == ("1.2 · 0.2", figures.WRONG)
