@@ -24,7 +24,7 @@ def main() -> None:
     add_config_argument(parser)
     parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="folder whose finished jobs are not counted (default: results/{experiment})")
-    parser.add_argument("--num-images", type=int, default=8, help="images, and trajectories of an update, measured (default: %(default)s)")
+    parser.add_argument("--num-images", type=int, default=32, help="images, and trajectories of an update, measured (default: %(default)s)")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     config, size = load_config(args), args.num_images
