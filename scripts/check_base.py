@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ctrl import base as base_models
-from ctrl import base_quality, errors, features, figures
+from ctrl import base_quality, errors, features
 from ctrl.data import read_idx
+from ctrl.figures import pictures
 from ctrl.io import write_json, write_text
 from scripts.common import read_yaml
 
@@ -45,7 +46,7 @@ def main() -> None:
     write_json(args.output / "quality.json", quality)
     rows = [samples[torch.tensor((table["subject"] == s).tolist())][:12] for s in network.subjects]
     title = f"{args.num_steps[0]} steps, guidance {args.guidance_scale:g}: the first samples"
-    figures.prompts_grid(rows, network.subjects, title, args.output / "samples.png")
+    pictures.prompts_grid(rows, network.subjects, title, args.output / "samples.png")
     notes = (args.base / "notes.md").read_text() if (args.base / "notes.md").exists() else ""
     write_text(args.output / "README.md", base_quality.model_card(quality, str(args.base), settings, notes))
     first = quality["samples"][0]

@@ -4,8 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-from ctrl import errors, figures
+from ctrl import errors
 from ctrl.evaluation import load_samples
+from ctrl.figures import curves, labels, pictures
+from ctrl.figures.style import method_name
 from ctrl.io import read_json
 from ctrl.labels import factors_of
 from ctrl.tracking import run
@@ -46,16 +48,16 @@ def main() -> None:
 
     with run(config, config["experiment"], "figures", {}, config["mlflow"]["tracking_uri"]) as log:
         for method, drawn in samples.items():
-            figures.grid(drawn, asked, cells["subjects"], report, figures.method_name(method), path(f"grid_{method}"))
-        figures.sizes({method: drawn.table for method, drawn in samples.items()}, report, path("sizes"))
-        figures.confusion({e["method"]: e["confusion"] for e in evaluations}, report, path("confusion"))
+            pictures.grid(drawn, asked, cells["subjects"], report, method_name(method), path(f"grid_{method}"))
+        labels.sizes({method: drawn.table for method, drawn in samples.items()}, report, path("sizes"))
+        labels.confusion({e["method"]: e["confusion"] for e in evaluations}, report, path("confusion"))
         if "factors" in report:
-            figures.factor_accuracies(evaluations, path("factors"))
+            labels.factor_accuracies(evaluations, path("factors"))
         if histories:
-            figures.training(histories, path("training"), report["num_classes"])
+            curves.training(histories, path("training"), report["num_classes"])
         trained = next((samples[name] for name in ("ctrl", *histories) if name in samples), None)
         if trained and "pretrained" in samples:
-            figures.teaser(samples["pretrained"], trained, figures.choose_subjects(asked), report, path("teaser"))
+            pictures.teaser(samples["pretrained"], trained, pictures.choose_subjects(asked), report, path("teaser"))
         for file in written:
             log.log_artifact(file)
     print(f"{args.output}: {', '.join(file.name for file in written)}")

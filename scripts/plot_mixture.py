@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ctrl import errors, mixture_figure
+from ctrl import errors
+from ctrl.figures import mixture
 from ctrl.io import read_json, read_parquet, write_text
 from scripts.common import add_config_argument, load_config
 
@@ -24,9 +25,9 @@ def main() -> None:
     figures = [row for path in args.samples for row in read_json(path.with_suffix(".json"))]
     if not any(row["method"] == "exact_reference" for row in figures):
         raise errors.UserError("methods: exact_reference is missing; its distance to `exact` is the noise floor of every other one")
-    table = mixture_figure.table_of_distances(figures)
-    text = mixture_figure.markdown(table)
-    mixture_figure.densities(samples, table, args.gamma or max(config["gammas"]), args.output)
+    table = mixture.table_of_distances(figures)
+    text = mixture.markdown(table)
+    mixture.densities(samples, table, args.gamma or max(config["gammas"]), args.output)
     write_text(args.output_csv, table.to_csv(index=False))
     write_text(args.output_md, text)
     print(text)

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ctrl import errors, figures
+from ctrl import errors
+from ctrl.figures import curves
 from ctrl.io import read_json
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
@@ -27,9 +28,9 @@ def main() -> None:
             raise errors.UserError(f"{path} has no gamma among its settings; evaluate the samples with --adapter")
     with run(config, config["experiment"], f"sweep {args.output.stem}", {}, config["mlflow"]["tracking_uri"]) as log:
         if tuned:
-            figures.tuning_sweep(tuned["sweep"], tuned["method"], tuned["best"]["scale"], args.output)
+            curves.tuning_sweep(tuned["sweep"], tuned["method"], tuned["best"]["scale"], args.output)
         else:
-            figures.gamma_sweep(evaluations, args.output)
+            curves.gamma_sweep(evaluations, args.output)
         log.log_artifact(args.output)
     print(args.output)
 

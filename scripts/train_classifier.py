@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 
 from ctrl import classifier as classifiers
-from ctrl import errors, io, oracles, tracking
+from ctrl import classifier_quality, errors, io, oracles, tracking
+from ctrl.classifier_fit import fit
 from ctrl.data import load_images
 from ctrl.labels import factors_of
 from scripts.common import add_config_argument, load_config
@@ -42,15 +43,15 @@ def train_factor(report: dict, table: pd.DataFrame, images: torch.Tensor, settin
         description["clip"] = settings["clip"]
     scores = table[f"score_{report['oracle']}"]
     labels = pd.Series(oracles.score_to_label(scores, report["edges"], report["descending"]), table.index)
-    classifier, history = classifiers.fit(images, scores, labels, table["split"], description, settings, seed, device)
+    classifier, history = fit(images, scores, labels, table["split"], description, settings, seed, device)
     for row in history:
         run.log_metrics(row, row["epoch"])
     held_out = table[table["split"] == "val"].index.tolist()
     sets = {"val": (images[held_out], torch.tensor(labels[held_out].tolist()))}
     if args.generated:
         sets["generated"] = load_generated(args.generated, report)
-    panels = {s: (classifiers.predict(classifier, x), y) for s, (x, y) in sets.items()}
-    results = {s: classifiers.evaluate(*panel) for s, panel in panels.items()}
+    panels = {s: (classifier_quality.predict(classifier, x), y) for s, (x, y) in sets.items()}
+    results = {s: classifier_quality.evaluate(*panel) for s, panel in panels.items()}
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     return classifier, panels, {"generated": None, **results, "temperature": classifier.temperature.item(), "epoch": best}
 
@@ -80,11 +81,11 @@ def main() -> None:
         with io.atomic_folder(args.output) as folder:
             classifiers.save(folder, classifier)
             io.write_json(folder / "metrics.json", results | {"train_seconds": round(time.perf_counter() - started, 2)})
-            classifiers.reliability_diagram(panels).savefig(folder / "reliability.png", dpi=150)
+            classifier_quality.reliability_diagram(panels).savefig(folder / "reliability.png", dpi=150)
         run.log_metrics(results)
         run.log_artifact(args.output)
     for name, (log_probs, labels) in panels.items():
-        figures = ", ".join(f"{k} {v:.3f}" for k, v in classifiers.evaluate(log_probs, labels)["after"].items())
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in classifier_quality.evaluate(log_probs, labels)["after"].items())
         print(f"{name} (n = {len(labels)}): {figures}")
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ctrl import errors, figures, noisy
+from ctrl import errors, noisy
 from ctrl.data import load_images
+from ctrl.figures import curves
 from ctrl.io import atomic_folder, read_json, read_parquet, write_json
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
@@ -46,7 +47,7 @@ def main() -> None:
             noisy.save(folder, classifier)
             seconds = round(time.perf_counter() - started, 2)
             write_json(folder / "metrics.json", {"val": steps, "epoch": best, "train_seconds": seconds, "history": history})
-            figures.accuracy_by_timestep(steps, num_classes, folder / "accuracy_by_timestep.png")
+            curves.accuracy_by_timestep(steps, num_classes, folder / "accuracy_by_timestep.png")
         tracker.log_artifact(args.output)
     for row in steps:
         print(f"t = {row['timestep']:3d} (n = {row['n']}): accuracy {row['accuracy']:.3f}, nll {row['nll']:.3f}")

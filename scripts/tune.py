@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ctrl import control as controls
 from ctrl import errors, features
 from ctrl.evaluation import Samples, evaluate, load_samples, values_of, with_scores
-from ctrl.figures import tuning_sweep
+from ctrl.figures.curves import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of

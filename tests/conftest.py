@@ -62,13 +62,14 @@ def real():
 @pytest.fixture(scope="session")
 def trained(real):
     """A classifier of the sizes' quartiles, its history, and the labels."""
-    from ctrl import classifier, oracles
+    from ctrl import oracles
+    from ctrl.classifier_fit import fit
 
     images, scores, splits, edges = real
     labels = oracles.score_to_label(scores, edges, True)
     description = {"network": "dct", "head": "density", "num_classes": 4, "descending": True, "edges": edges}
     settings = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
-    return *classifier.fit(images, scores, labels, splits, description, settings, seed=0), labels
+    return *fit(images, scores, labels, splits, description, settings, seed=0), labels
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl import errors, figures
+from ctrl import errors
 from ctrl.evaluation import Samples
+from ctrl.figures import curves, labels, pictures, style
 from ctrl.io import write_json, write_parquet, write_text
 from scripts import plot_figures, plot_sweep
 
@@ -56,14 +57,14 @@ def size_of(path):
 
 def test_grid_draws_every_cell_and_hatches_the_impossible_ones():
     samples = make(wrong=[4])  # asked for label 1
-    figure = figures.grid_figure(samples, CELLS, SUBJECTS, REPORT, "method", per_cell=3)
+    figure = pictures.grid_figure(samples, CELLS, SUBJECTS, REPORT, "method", per_cell=3)
     axes = figure.axes[0]
     assert len(artists(axes, "picture")) == 3 * len(CELLS)
     hatched = artists(axes, "impossible")
     assert len(hatched) == 3 and all(box.get_hatch() for box in hatched)
     captions = [t for t in axes.texts if t.get_text() in {"2", "1.25", "1.15", "1.05", "0.95"}]
     assert len(captions) == 3 * len(CELLS)
-    assert [t.get_text() for t in captions if t.get_color() == figures.WRONG] == ["2"]
+    assert [t.get_text() for t in captions if t.get_color() == style.WRONG] == ["2"]
     assert overlaps(figure) == []
 
 
@@ -72,19 +73,19 @@ def test_a_picture_keeps_its_pixels(tmp_path):
     samples = make()
     samples.images[:] = 0
     samples.images[0, :, :4] = 255  # upper half white
-    figure = figures.grid_figure(samples, CELLS, SUBJECTS, REPORT, "", per_cell=3)
+    figure = pictures.grid_figure(samples, CELLS, SUBJECTS, REPORT, "", per_cell=3)
     picture = artists(figure.axes[0], "picture")[0]
     left, right, bottom, top = picture.get_extent()
-    figures.save(figure, tmp_path / "grid.png")
+    style.save(figure, tmp_path / "grid.png")
     pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
-    scale = 0.62 * figures.DPI
+    scale = 0.62 * style.DPI
     inside = pixels[int(top * scale) + 3 : int(bottom * scale) - 3, int(left * scale) + 3 : int(right * scale) - 3]
     half = len(inside) // 2
     assert inside[: half - 2].min() > 245 and inside[half + 2 :].max() < 10
 
 
 def test_grid_has_the_size_of_its_layout(tmp_path):
-    figures.grid(make(), CELLS, SUBJECTS, REPORT, "m", tmp_path / "grid.png")
+    pictures.grid(make(), CELLS, SUBJECTS, REPORT, "m", tmp_path / "grid.png")
     width, height = size_of(tmp_path / "grid.png")
     assert width == pytest.approx((2.3 + 4 * (3 * 1.08 + 0.5)) * 0.62 * 150, abs=1)
     assert height == pytest.approx((1.5 + 3 * 1.46 + 0.75) * 0.62 * 150, abs=1)
@@ -93,7 +94,7 @@ def test_grid_has_the_size_of_its_layout(tmp_path):
 
 def test_teaser_shows_one_seed_across_a_row():
     pretrained, ctrl = make("pretrained"), make("ctrl")
-    figure = figures.teaser_figure(pretrained, ctrl, ["bag", "dress"], REPORT)
+    figure = pictures.teaser_figure(pretrained, ctrl, ["bag", "dress"], REPORT)
     axes = figure.axes[0]
     shown = [picture.get_array() for picture in artists(axes, "picture")]
     assert len(shown) == 2 * 2 + 4 + 2 and len(artists(axes, "impossible")) == 2
@@ -106,27 +107,26 @@ def test_teaser_shows_one_seed_across_a_row():
 
 
 def test_subjects_of_the_teaser_can_take_most_labels():
-    assert figures.choose_subjects(CELLS, 2) == ["bag", "coat"]
+    assert pictures.choose_subjects(CELLS, 2) == ["bag", "coat"]
 
 
 def test_bins_and_names():
-    assert figures.bins_of(REPORT) == [(1.2, float("inf")), (1.1, 1.2), (1.0, 1.1), (float("-inf"), 1.0)]
-    assert figures.bins_of(REPORT | {"descending": False})[0] == (float("-inf"), 1.0)
-    assert figures.label_name(REPORT, 0) == "≥ 1.2 kB" and figures.label_name(REPORT, 1, with_unit=False) == "1.1–1.2"
+    assert style.bins_of(REPORT) == [(1.2, float("inf")), (1.1, 1.2), (1.0, 1.1), (float("-inf"), 1.0)]
+    assert style.bins_of(REPORT | {"descending": False})[0] == (float("-inf"), 1.0)
+    assert style.label_name(REPORT, 0) == "≥ 1.2 kB" and style.label_name(REPORT, 1, with_unit=False) == "1.1–1.2"
     assert (
-        figures.method_name("ctrl_gamma0.5") == "CTRL, γ = 0.5"
-        and figures.method_name("reconstruction_guidance") == "reconstruction guidance"
+        style.method_name("ctrl_gamma0.5") == "CTRL, γ = 0.5" and style.method_name("reconstruction_guidance") == "reconstruction guidance"
     )
-    colours = figures.method_colours(["ctrl", "a", "b"])
-    assert len(set(colours.values())) == 3 and len(figures.method_colours([str(k) for k in range(20)])) == 20
+    colours = style.method_colours(["ctrl", "a", "b"])
+    assert len(set(colours.values())) == 3 and len(style.method_colours([str(k) for k in range(20)])) == 20
 
 
 @pytest.mark.parametrize("num_methods", [1, 4])
 def test_sizes_and_confusion(tmp_path, num_methods):
     tables = {f"method_{k}": make().table for k in range(num_methods)}
-    figures.sizes(tables, REPORT, tmp_path / "sizes.png")
+    labels.sizes(tables, REPORT, tmp_path / "sizes.png")
     assert size_of(tmp_path / "sizes.png") == (int(150 * (0.6 + 2.1 * num_methods) + 1e-6), 750)
-    figures.confusion({m: np.eye(4, dtype=int).tolist() for m in tables}, REPORT, tmp_path / "confusion.png")
+    labels.confusion({m: np.eye(4, dtype=int).tolist() for m in tables}, REPORT, tmp_path / "confusion.png")
     assert size_of(tmp_path / "confusion.png")[1] == 477  # 3.18 inches
 
 
@@ -136,12 +136,12 @@ def history(scale=1.0):
 
 
 def test_training_curves(tmp_path):
-    figures.training({"ctrl": history(), "ctrl_gamma1": history(2.0)}, tmp_path / "training.png", 4)
+    curves.training({"ctrl": history(), "ctrl_gamma1": history(2.0)}, tmp_path / "training.png", 4)
     assert size_of(tmp_path / "training.png") == (1080, 660)
 
 
 def test_a_line_of_few_updates_without_a_probe(tmp_path):
-    figures.training({"ctrl": [{"update": 1, "log_prob": -1.0, "kl_nats": 0.0, "temperature": 1.0}]}, tmp_path / "training.png")
+    curves.training({"ctrl": [{"update": 1, "log_prob": -1.0, "kl_nats": 0.0, "temperature": 1.0}]}, tmp_path / "training.png")
     assert (tmp_path / "training.png").exists()
 
 
@@ -152,10 +152,10 @@ def evaluation(gamma, value):
 
 
 def test_sweeps(tmp_path):
-    figures.gamma_sweep([evaluation(10, 0.9), evaluation(1, 0.5)], tmp_path / "gamma.png")
+    curves.gamma_sweep([evaluation(10, 0.9), evaluation(1, 0.5)], tmp_path / "gamma.png")
     assert size_of(tmp_path / "gamma.png") == (1380, 345)  # four panels
     sweep = [{"scale": s, "n": 8, "accuracy": 0.5, "kid_rejection": None} for s in (1.0, 10.0)]
-    figures.tuning_sweep(sweep, "reconstruction_guidance", 10.0, tmp_path / "tuning.png")
+    curves.tuning_sweep(sweep, "reconstruction_guidance", 10.0, tmp_path / "tuning.png")
     assert size_of(tmp_path / "tuning.png") == (450, 345)  # one
 
 
@@ -224,11 +224,11 @@ def test_figures_of_two_factors(tmp_path):
     report = {"factors": factors, "num_classes": 4, "label_names": joint, "held_out": [1]}
     rng = np.random.default_rng(0)
     columns = {"label": np.arange(40) % 4, "score_jpeg_size": rng.uniform(0.5, 1.5, 40), "score_brightness": rng.uniform(0, 1, 40)}
-    figures.sizes({"ctrl": pd.DataFrame(columns)}, report, tmp_path / "sizes.png")
+    labels.sizes({"ctrl": pd.DataFrame(columns)}, report, tmp_path / "sizes.png")
     metric = {"value": 0.8, "lo": 0.7, "hi": 0.9}
     metrics = dict.fromkeys(("accuracy", "accuracy_jpeg_size", "accuracy_brightness", "accuracy_held_out"), metric)
-    figures.factor_accuracies([{"method": "ctrl", "metrics": metrics}], tmp_path / "factors.png")
+    labels.factor_accuracies([{"method": "ctrl", "metrics": metrics}], tmp_path / "factors.png")
     assert (tmp_path / "sizes.png").stat().st_size > 1000 and (tmp_path / "factors.png").stat().st_size > 1000
     row = pd.Series({"score_jpeg_size": 1.2, "score_brightness": 0.2})
-    assert figures._caption(row, 1, report) == ("1.2 · 0.2", figures.INK)
-    assert figures._caption(row, 0, report) == ("1.2 · 0.2", figures.WRONG)
+    assert pictures._caption(row, 1, report) == ("1.2 · 0.2", style.INK)
+    assert pictures._caption(row, 0, report) == ("1.2 · 0.2", style.WRONG)

@@ -32,14 +32,18 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
     "finetune": {"ctrl/metrics.py", "ctrl/noisy.py", *SAMPLERS},
     "train_noisy_classifier": {
-        *(f"ctrl/{name}.py" for name in ("classifier", "control", "dct", "evaluation", "features", "figures", "metrics", "networks")),
+        *(
+            f"ctrl/{name}.py"
+            for name in ("classifier", "control", "dct", "evaluation", "features", "heads", "metrics", "networks", "oracles")
+        ),
+        *(f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")),
         "ctrl/finetune/objective.py",
         *SAMPLERS,
     },
     "sample": {"ctrl/metrics.py"},
-    "tune": {"ctrl/figures.py"},
-    "plot_figures": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
-    "plot_sweep": {"ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+    "tune": {f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")},
+    "plot_figures": {"ctrl/figures/__init__.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+    "plot_sweep": {"ctrl/figures/__init__.py"},
 }
 
 
@@ -142,7 +146,7 @@ def code_lists() -> dict:
     """The variables of common.smk that list code."""
     text = (ROOT / "workflow/rules/common.smk").read_text()
     namespace = {"Path": Path}
-    exec(text[text.index("CORE = [") : text.index("IMAGES, *TABLES")], namespace)
+    exec(text[text.index("def lib(") : text.index("IMAGES, *TABLES")], namespace)
     return namespace
 
 

@@ -55,28 +55,33 @@ wildcard_constraints:
 
 
 # The code whose change alters a result: an input of the rule. (Snakemake does not see edits of an imported package.)
-CORE = [f"ctrl/{n}.py" for n in "base data labels process sampling generate oracles pairs".split()] + ["scripts/loading.py"]
-CLASSIFIER = ["ctrl/classifier.py", "ctrl/labels.py", "ctrl/networks.py", "ctrl/dct.py"]
-CONTROL = ["ctrl/control.py", "ctrl/finetune/objective.py", *CLASSIFIER]
+def lib(names: str, folder: str = "ctrl") -> list[str]:
+    return [f"{folder}/{name}.py" for name in names.split()]
+
+
+CORE = [*lib("base data labels process sampling generate oracles pairs"), "scripts/loading.py"]
+CLASSIFIER = lib("classifier heads oracles labels networks dct")
+CONTROL = [*lib("control finetune/objective"), *CLASSIFIER]
 GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = [f"ctrl/{name}.py" for name in ("evaluation", "metrics", "features", "data", "labels")]
-TRAINERS = [f"ctrl/finetune/{name}.py" for name in ("adjoint", "backprop", "loop", "objective", "policy_gradient", "recipe", "supervised")]
+EVALUATION = lib("evaluation metrics features data labels")
+FIGURES = sorted(map(str, Path("ctrl/figures").glob("[a-z]*.py")))
+TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
-    "pretrain": ["scripts/pretrain.py", "ctrl/pretrain.py", "ctrl/data.py", "ctrl/dct.py"],
-    "train_garments": ["scripts/train_garments.py", "ctrl/features.py", "ctrl/data.py"],
-    "unpack_images": ["scripts/unpack_images.py", "ctrl/data.py"],
-    "build_dataset": ["scripts/build_dataset.py", "ctrl/data.py", "ctrl/labels.py", "ctrl/oracles.py"],
-    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, "ctrl/data.py", "ctrl/oracles.py", "ctrl/metrics.py"],
-    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, "ctrl/noisy.py", "ctrl/data.py"],
-    "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, "ctrl/data.py", "ctrl/pairs.py"],
+    "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
+    "train_garments": ["scripts/train_garments.py", *lib("features data")],
+    "unpack_images": ["scripts/unpack_images.py", *lib("data")],
+    "build_dataset": ["scripts/build_dataset.py", *lib("data labels oracles")],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality data metrics")],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy")],
+    "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("data pairs")],
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
-    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, *(f"ctrl/{n}.py" for n in ("adapter", "pipeline"))],
-    "mixture": ["scripts/mixture.py", "ctrl/mixture.py", "ctrl/proof.py", *CORE, *GUIDANCE, *TRAINERS],
-    "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/oracles.py"],
-    "tabulate": ["scripts/tabulate_results.py", "ctrl/tables.py"],
-    "plot_figures": ["scripts/plot_figures.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/labels.py", "ctrl/oracles.py"],
-    "plot_sweep": ["scripts/plot_sweep.py", "ctrl/figures.py", "ctrl/evaluation.py", "ctrl/labels.py", "ctrl/oracles.py"],
+    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline")],
+    "mixture": ["scripts/mixture.py", *lib("mixture proof"), *CORE, *GUIDANCE, *TRAINERS],
+    "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
+    "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
+    "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
+    "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
     "embedded": (f"{RESULTS}/images", "metadata.csv"),

@@ -37,7 +37,7 @@ rule mixture:
 rule plot_mixture:
     """The table of distances beside their noise floor, and the densities side by side."""
     input:
-        code=["scripts/plot_mixture.py", "ctrl/mixture_figure.py", "ctrl/figures.py"],
+        code=["scripts/plot_mixture.py", "ctrl/figures/mixture.py", "ctrl/figures/style.py"],
         samples=lambda wildcards: expand("results/{{experiment}}/samples/{method}.parquet", method=config["methods"]),
     output:
         csv="results/{experiment}/tables/mixture.csv",

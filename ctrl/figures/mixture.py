@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ctrl.figures import method_name, save
+from ctrl.figures.style import method_name, save
 
 COLUMNS = {
     "sliced_wasserstein": "sliced Wasserstein", "wasserstein_ratio": "÷ floor", "total_variation": "total variation",

@@ -1,0 +1,1 @@
+"""The figures of the results; each function draws one from tables and arrays and writes it as a PNG."""
