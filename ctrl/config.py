@@ -1,11 +1,13 @@
 """Configurations as plain dictionaries: laid over each other, and checked against a JSON schema. No file is read here."""
 
 import copy
+import csv
 import difflib
 import json
 import math
 import operator
 import re
+from pathlib import Path
 
 import jsonschema
 
@@ -83,6 +85,13 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
+
+
+def read_methods(path: str, schema: dict) -> dict[str, dict]:
+    """The rows of methods.tsv by the name of the method; UserError where one does not fit the schema."""
+    for row in (rows := list(csv.DictReader(Path(path).read_text().splitlines(), delimiter="\t"))):
+        check(row, schema, f"{path}, method {row.get('method')}")
+    return {row["method"]: row for row in rows}
 
 
 def check_scales(methods: dict[str, dict], tuning: dict) -> dict[str, dict]:

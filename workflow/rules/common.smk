@@ -3,7 +3,6 @@
 # Needs  config (from the configfiles), config/methods.tsv, workflow/schemas/*.json
 # Makes  results/{experiment}/config.json, the complete configuration that every script is given
 
-import csv
 import json
 import os
 import sys
@@ -14,15 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check, check_scales, for_adapter, resolve
-
-
-def read_methods(path: str) -> dict[str, dict]:
-    """The rows of methods.tsv by the name of the method."""
-    schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
-    for row in (rows := list(csv.DictReader(Path(path).read_text().splitlines(), delimiter="\t"))):
-        check(row, schema, f"{path}, method {row.get('method')}")
-    return {row["method"]: row for row in rows}
+from ctrl.config import UserError, check_scales, for_adapter, read_methods, resolve
 
 
 def write_config(path: Path) -> None:
@@ -35,8 +26,9 @@ def write_config(path: Path) -> None:
 
 
 try:
-    config |= resolve(json.loads(json.dumps(config)), json.loads((ROOT / "workflow/schemas/config.schema.json").read_text()))
-    METHODS = check_scales(read_methods("config/methods.tsv"), config["tuning"])
+    SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
+    config |= resolve(json.loads(json.dumps(config)), SCHEMAS["config"])
+    METHODS = check_scales(read_methods("config/methods.tsv", SCHEMAS["methods"]), config["tuning"])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # Snakemake would wrap any exception in a traceback
