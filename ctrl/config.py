@@ -45,9 +45,26 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     return config
 
 
+VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?")
+
+
+def recipe_of(name: str) -> str:
+    """`ctrl` of `ctrl_gamma3_seed1`: an adapter's name without what it varies."""
+    return VARIANT.fullmatch(name)["recipe"]
+
+
 def for_adapter(config: dict, name: str) -> dict:
-    """The configuration of one adapter: what `adapters` says of it lies over the section `finetune`."""
-    return merge(config, {"finetune": config["adapters"].get(name, {})})
+    """The configuration of one adapter: what `adapters` says of its recipe lies over the section `finetune`.
+
+    `ctrl_gamma3_seed1` is the recipe `ctrl` with gamma 3, trained with seed 1.
+    """
+    varied = VARIANT.fullmatch(name)
+    changes = {"finetune": config["adapters"].get(varied["recipe"], {})}
+    if varied["gamma"]:
+        changes = merge(changes, {"finetune": {"gamma": float(varied["gamma"])}})
+    if varied["seed"]:
+        changes["seed"] = int(varied["seed"])
+    return merge(config, changes)
 
 
 def check(config: dict, schema: dict, where: str = "config") -> None:

@@ -29,9 +29,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_argument(parser)
     parser.add_argument(
-        "--name", default="ctrl", help="name of the adapter; what the config's `adapters` says of it holds (default: %(default)s)"
+        "--name",
+        default="ctrl",
+        help="name of the adapter: a recipe (what the config's `adapters` says of it holds) and what it varies, such as ctrl_gamma3_seed1 "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--gamma", type=float, help="instead of the config's finetune.gamma")
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels and the probe's oracle")
@@ -57,9 +59,8 @@ def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
     settings, sampler, templates = config["finetune"], config["sampler"], config["prompts"]["templates"]
-    settings["gamma"] = settings["gamma"] if args.gamma is None else args.gamma
     if not settings["gamma"] > 0:
-        raise errors.UserError(f"--gamma is {settings['gamma']}: it must be above 0; 1 is the exact conditional law")
+        raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
     base, process = load_base(config, args.num_threads)
     classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells)
     space = Factors.from_report(read_json(args.dataset / "report.json"))

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, check_scales, merge, resolve
+from ctrl.config import MIXTURE, check, check_scales, for_adapter, merge, recipe_of, resolve
 from ctrl.errors import UserError
 from scripts import common
 
@@ -145,3 +145,11 @@ def test_factors_inherit_the_label_and_multiply(tmp_path):
     assert label["factors"][0] == {"edges": "quantiles", "num_classes": 2, "descending": True, "oracle": "jpeg_size"}
     again = load(tmp_path, json.dumps({"label": label}))["label"]
     assert again == label, "the complete configuration is one itself"
+
+
+def test_the_name_of_an_adapter_says_what_it_varies(tmp_path):
+    defaults = load(tmp_path)
+    one = for_adapter(defaults, "cfg_gamma0.5_seed3")
+    assert one["finetune"] == for_adapter(defaults, "cfg")["finetune"] | {"gamma": 0.5} and one["seed"] == 3
+    assert for_adapter(defaults, "ctrl") == defaults
+    assert [recipe_of(n) for n in ("ctrl", "ctrl_adjoint", "ctrl_gamma30", "cfg_seed1")] == ["ctrl", "ctrl_adjoint", "ctrl", "cfg"]

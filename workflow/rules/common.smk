@@ -13,7 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, for_adapter, read_methods, resolve
+from ctrl.config import UserError, check_scales, for_adapter, read_methods, recipe_of, resolve
 
 
 def write_config(path: Path) -> None:
@@ -88,10 +88,10 @@ def files_of(folder: str) -> list[str]:
     return sorted(str(p) for p in Path(folder).rglob("*") if p.suffix in (".safetensors", ".json", ".txt") and p.name != "quality.json")
 
 
-def sections(*keys: str) -> str:
-    """Parts of the configuration as text, by dotted keys: with it in its params, a rule runs again when they change, and only then."""
-    parts = {key: reduce(dict.__getitem__, key.split("."), config) for key in keys}
-    return json.dumps({**parts, "finetune": {**parts["finetune"], "gamma": None}} if "finetune" in parts else parts)  # see gamma_of
+def sections(*keys: str, adapter: str = "") -> str:
+    """Parts of the configuration (of an adapter) as text, by dotted keys: with it in its params, a rule runs again when they change."""
+    parts = {key: reduce(dict.__getitem__, key.split("."), for_adapter(config, adapter) if adapter else config) for key in keys}
+    return json.dumps(parts)
 
 
 def cores(num_images: int) -> int:
@@ -113,15 +113,10 @@ def sweep_adapters() -> list[str]:
     return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
 
 
-def gamma_of(adapter: str) -> float:
-    """`ctrl_gamma3` is trained with gamma 3, every other adapter with the configured one."""
-    return float(adapter[len("ctrl_gamma") :]) if "ctrl_gamma" in adapter else for_adapter(config, adapter)["finetune"]["gamma"]
-
-
 def row_of(name: str) -> dict:
     """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3` CTRL with gamma 3."""
-    base = "ctrl" if name.startswith("ctrl_gamma") else name.removesuffix("_reference")
-    return METHODS.get(name) or {**METHODS[base], "adapter": name if base == "ctrl" else METHODS[base]["adapter"]}
+    row = METHODS[recipe_of(name.removesuffix("_reference"))]
+    return METHODS.get(name) or {**row, "adapter": row["adapter"] and name}
 
 
 def sample_needs(wildcards) -> dict[str, str]:

@@ -29,9 +29,7 @@ rule finetune:
         runtime=720,
     params:
         config="results/{experiment}/config.json",
-        depends=sections("seed", "base", "sampler", "prompts.templates.train", "finetune"),
-        gamma=lambda wildcards: gamma_of(wildcards.adapter),
-        differs=lambda wildcards: config["adapters"].get(wildcards.adapter),
+        depends=lambda wildcards: sections("seed", "base", "sampler", "prompts.templates.train", "finetune", adapter=wildcards.adapter),
         classifier="results/{experiment}/classifier",
         dataset="results/{experiment}/dataset",
         output="results/{experiment}/adapters/{adapter}",
@@ -40,7 +38,6 @@ rule finetune:
         python scripts/finetune.py \
             --config {params.config:q} \
             --name {wildcards.adapter:q} \
-            --gamma {params.gamma} \
             --classifier {params.classifier:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \
