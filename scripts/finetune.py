@@ -62,7 +62,7 @@ def main() -> None:
     if not settings["gamma"] > 0:
         raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
     base, process = load_base(config, args.num_threads)
-    classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells)
+    classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells, settings["ask_held_out"])
     space = Factors.from_report(read_json(args.dataset / "report.json"))
     if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")

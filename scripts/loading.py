@@ -44,13 +44,13 @@ def load_cells(path: Path) -> list[tuple[str, int]]:
     return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
 
 
-def load_training_cells(path: Path) -> list[tuple[str, int]]:
-    """The pairs to train on: with several factors also labels that leave some of them free, and no combination that is held out."""
+def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple[str, int]]:
+    """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`."""
     cells = read_json(path)
-    held_out = cells.get("held_out", [])
+    held_out = [] if ask_held_out else cells.get("held_out", [])
     training = [(subject, int(label)) for subject, label in cells["cells"] + cells.get("free", []) if label not in held_out]
     if not training:
-        raise UserError(f"{path}: no (subject, label) pair is left to train on; hold out fewer combinations (label.held_out)")
+        raise UserError(f"{path}: no (subject, label) pair is left to train on; set finetune.ask_held_out, or label.held_out to fewer")
     return training
 
 

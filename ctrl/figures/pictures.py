@@ -103,14 +103,15 @@ def teaser_figure(pretrained: Samples, ctrl: Samples, subjects: Sequence[str], r
     """
     left, top, step, row_height, gap = 2.0, 1.25, 1.14, 1.44, 0.8
     num_classes, start = report["num_classes"], left + num_pretrained * step + gap
-    width = start + max(num_classes * step + 0.25, 5)  # of the heading
+    heading = f"with CTRL, asked for the {oracle_name(report, with_unit=False)}"
+    width = start + max(num_classes * step, 0.118 * len(heading)) + 0.25
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(width, top + len(subjects) * row_height, 0.72)
         axes.text(left, 0.38, "pretrained", fontsize=10, fontweight="bold", va="center", color=INK)
         axes.text(
             start,
             0.38,
-            f"with CTRL, asked for the {oracle_name(report, with_unit=False)}",
+            heading,
             fontsize=10,
             fontweight="bold",
             va="center",

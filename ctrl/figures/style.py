@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ctrl.io import write_bytes
+from ctrl.labels import factors_of
 from ctrl.oracles import UNITS
 
 DPI = 150
@@ -38,11 +39,13 @@ def method_name(method: str) -> str:
 
 
 def label_name(report: dict, label: int, with_unit: bool = True) -> str:
-    """What a label means, for people: `≥ 1.3 kB`, `1.2–1.3 kB`."""
-    name = re.sub(r"(?<=\d)-(?=\d)", "–", report["label_names"][label].replace(">=", "≥"))
-    if "factors" in report:
-        return name.replace(", ", "\n")
-    return name if with_unit else name.removesuffix(f" {UNITS.get(report['oracle'], '')}").strip()
+    """What a label means, for people: `≥ 1.3 kB`, `1.2–1.3 kB`; with several factors a line each, whose names go with the units."""
+    lines = re.sub(r"(?<=\d)-(?=\d)", "–", report["label_names"][label].replace(">=", "≥")).split(", ")
+    if not with_unit:
+        oracles = [factor["oracle"] for factor in factors_of(report)]
+        bare = zip(lines, oracles, strict=True)
+        lines = [line.removeprefix(f"{o.replace('_', ' ')} ").removesuffix(f" {UNITS.get(o, '')}").strip() for line, o in bare]
+    return "\n".join(lines)
 
 
 def method_colours(methods: Sequence[str]) -> dict[str, str]:
