@@ -28,6 +28,8 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     """The checked `config` with what follows from it filled in: given bin edges fix the number of classes, several factors multiply it."""
     check(config, schema, where)
     config = copy.deepcopy(config)
+    if config["base"]["kind"] == "gaussian_mixture":
+        config = merge(MIXTURE_DEFAULTS, config)
     label = config["label"]
     if label["factors"]:
         common = {key: label[key] for key in ("edges", "num_classes", "descending")}
@@ -142,7 +144,14 @@ def check_factors(label: dict, where: str) -> None:
         raise UserError(f"{where}: label.held_out leaves no combination to learn from")
 
 
-MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "methods")}
+MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}
+MIXTURE_DEFAULTS = {
+    "num_sets": 8,
+    "methods": [
+        *("exact", "exact_reference", "pretrained", "ctrl", "ctrl_adjoint", "reconstruction_guidance", "dps", "cfg"),
+        *("mean_kl", "reward_maximization"),
+    ],
+}
 
 
 def check_mixture(config: dict, where: str) -> None:

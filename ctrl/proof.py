@@ -213,3 +213,26 @@ def compare(problem: Problem, gamma: float, drawn: Sequence[Tensor], truth: Sequ
         densities = [grid_probabilities(problem, y, gamma, edges) for y in range(len(drawn))]
         figures["total_variation"] = sum(total_variation(x, p, edges) for x, p in zip(drawn, densities, strict=True)) / len(drawn)
     return figures
+
+
+def compare_sets(
+    problem: Problem, gamma: float, draw: Draw, num: int, num_sets: int, seeds: tuple[int, int]
+) -> tuple[list[Tensor], dict[str, float]]:
+    """`compare` for `num_sets` independent sets of `num` samples a label, each with exact samples of its own: a single pair of sets has a
+    distance that varies by a third. Returns the first set, and each distance's mean and standard error ("…_se") over the sets.
+
+    seeds: of the method's samples, and of the exact ones, which every method is compared with.
+    """
+    truth, labels, rows, first = draw_exact(problem, gamma), range(problem.label.num_classes), [], []
+    for k in range(num_sets):
+        own, right = (
+            [d(y, num, torch.Generator().manual_seed(seed + 10_000_000 * k + 1000 * round(1000 * gamma) + y)) for y in labels]
+            for d, seed in zip((draw, truth), seeds, strict=True)
+        )
+        rows.append(compare(problem, gamma, own, right))
+        first = first or own
+    figures = {}
+    for name in rows[0]:
+        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        figures |= {name: values.mean().item(), f"{name}_se": (values.std() / num_sets**0.5).item()}
+    return first, figures

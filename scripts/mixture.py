@@ -9,7 +9,7 @@ import torch
 from ctrl import errors
 from ctrl.io import write_json, write_parquet
 from ctrl.mixture import GaussianMixture, SoftmaxLinear
-from ctrl.proof import METHODS, Problem, compare, draw_exact
+from ctrl.proof import METHODS, Problem, compare_sets
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 
@@ -41,12 +41,9 @@ def main() -> None:
     with run(config, config["experiment"], f"mixture {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         for number, gamma in enumerate(config["gammas"]):
             problem = Problem(*standard, config["sampler"]["num_steps"], config["finetune"], config["seed"], args.checkpoints)
-            draw, truth = METHODS[args.method](problem, gamma), draw_exact(problem, gamma)
-            drawn, right = (
-                [d(y, num, torch.Generator().manual_seed(s + 1000 * round(1000 * gamma) + y)) for y in range(label.num_classes)]
-                for d, s in ((draw, seed), (truth, EXACT_SEED))
-            )
-            row = {"method": args.method, "gamma": gamma, "n": num * label.num_classes} | compare(problem, gamma, drawn, right)
+            draw = METHODS[args.method](problem, gamma)
+            drawn, distances = compare_sets(problem, gamma, draw, num, config["num_sets"], (seed, EXACT_SEED))
+            row = {"method": args.method, "gamma": gamma, "n": num * label.num_classes, "sets": config["num_sets"]} | distances
             figures.append(row | problem.figures)
             tracker.log_metrics({key: value for key, value in figures[-1].items() if isinstance(value, float)}, number)
             for y, z in enumerate(drawn):

@@ -10,7 +10,7 @@ from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.guidance.classifier import classifier_guidance
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, noisy_log_prob, process_of
-from ctrl.proof import sliced_wasserstein
+from ctrl.proof import Problem, compare_sets, draw_exact, sliced_wasserstein
 from ctrl.sampling import path_statistics, sample
 
 WEIGHTS, MEANS = [0.3, 0.3, 0.2, 0.2], [[-2, -1], [2, -1], [0, 2], [0, 0]]
@@ -197,3 +197,16 @@ def test_a_wrong_mixture_is_refused(key, value, message):
         GaussianMixture.from_config(**right | {key: value})
     with pytest.raises(UserError, match=r"weight \(2, 3\)"):
         SoftmaxLinear.from_config([[1, 2, 3], [1, 2, 3]], [0, 0], 2)
+
+
+def test_distances_are_means_over_independent_sets(problem, tmp_path):
+    """The first set does not depend on how many there are; the standard error is that of the sets' mean."""
+    proof = Problem(*problem, 8, {}, 0, tmp_path)
+    draw = draw_exact(proof, 1.0)
+    (first, two), (again, three) = (compare_sets(proof, 1.0, draw, 1000, k, (1, 500)) for k in (2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    name = "sliced_wasserstein"
+    mean, spread = two[name], two[f"{name}_se"]  # of two values: they are mean ± spread
+    third = 3 * three[name] - 2 * mean
+    values = torch.tensor([mean - spread, mean + spread, third])
+    assert spread > 0 and three[f"{name}_se"] == pytest.approx((values.std() / 3**0.5).item(), rel=1e-4)

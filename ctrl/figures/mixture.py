@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from ctrl.figures.style import method_name, save
 
 COLUMNS = {
-    "sliced_wasserstein": "sliced Wasserstein", "wasserstein_ratio": "÷ floor", "total_variation": "total variation",
-    "variation_ratio": "÷ floor ", "kl_nats": "KL / nats", "var_log_w": "var log w", "scale": "scale",
-    "train_seconds": "train / s", "n": "n",
+    "sliced_wasserstein": "sliced Wasserstein", "sliced_wasserstein_se": "± ", "wasserstein_ratio": "÷ floor",
+    "total_variation": "total variation", "total_variation_se": "±  ", "variation_ratio": "÷ floor ", "kl_nats": "KL / nats",
+    "var_log_w": "var log w", "scale": "scale", "train_seconds": "train / s", "n": "n a set", "sets": "sets",
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def table_of_distances(figures: Sequence[dict]) -> pd.DataFrame:
         if distance in table:
             table[ratio] = table[distance] / table["gamma"].map(floor[distance])
     exact = table["method"] == "exact"  # itself
-    table.loc[exact, [c for c in ("sliced_wasserstein", "wasserstein_ratio") if c in table]] = np.nan
+    table.loc[exact, [c for c in ("sliced_wasserstein", "sliced_wasserstein_se", "wasserstein_ratio") if c in table]] = np.nan
     return table[["method", "gamma", *(c for c in COLUMNS if c in table)]]
 
 

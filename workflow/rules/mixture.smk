@@ -1,6 +1,6 @@
 # The proof: every method on a Gaussian mixture (config/mixture.yaml), where the exact p_gamma(x | y) is known.
 #
-# Needs  the config's base, label, gammas, num_samples, methods, sampler.num_steps and finetune
+# Needs  the config's base, label, gammas, num_samples, num_sets, methods, sampler.num_steps and finetune
 # Makes  results/{experiment}/samples/{method}.{parquet, json}, tables/mixture.{csv, md}, figures/mixture.png
 
 
@@ -21,7 +21,7 @@ rule mixture:
         runtime=240,
     params:
         config="results/{experiment}/config.json",
-        depends=lambda wildcards: sections("seed", "base", "label", "sampler", "finetune", "gammas", "num_samples"),
+        depends=lambda wildcards: sections("seed", "base", "label", "sampler", "finetune", "gammas", "num_samples", "num_sets"),
         checkpoints="results/{experiment}/checkpoints",
     shell:
         """
