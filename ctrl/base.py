@@ -104,9 +104,11 @@ class Base:
             text = torch.cat([self.encode([""] * len(prompts)), text])
             labels = None if labels is None else torch.cat([torch.full_like(labels, null), labels])
 
-        def denoiser(x_t: Tensor, i: int) -> Tensor:
-            x = x_t if guidance_scale == 1 else torch.cat([x_t, x_t])
-            eps = self.eps(x, process.timesteps[i].expand(len(x)).to(x.device), text, labels)
+        def denoiser(x_t: Tensor, i: int | Tensor) -> Tensor:
+            x, t = x_t, process.timesteps[i].expand(len(x_t)).to(x_t.device)
+            if guidance_scale != 1:
+                x, t = torch.cat([x, x]), torch.cat([t, t])
+            eps = self.eps(x, t, text, labels)
             if guidance_scale == 1:
                 return eps
             empty, prompted = eps.chunk(2)

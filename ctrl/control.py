@@ -122,8 +122,8 @@ class Control:
             return pre
         psi, active = self.base.guided(process, prompts, guidance_scale, labels.to(self.base.device), self.null), self.active(process)
 
-        def denoiser(x_t: Tensor, i: int) -> Tensor:
-            if not active[i]:
+        def denoiser(x_t: Tensor, i: int | Tensor) -> Tensor:
+            if not isinstance(i, Tensor) and not active[i]:  # images with steps of their own are asked for at active ones
                 return pre(x_t, i)
             if strength == 1:
                 return psi(x_t, i)

@@ -71,12 +71,12 @@ class GaussianMixture:
         spread, axes, means, log_weights = (v.float() for v in (spread, axes, self.means, self.weights.log()))
         centres = torch.einsum("mde,md->me", axes, means)
 
-        def eps(x_t: Tensor, i: int) -> Tensor:
-            abar = process.abar_t[i].item()
-            variances = abar * spread + (1 - abar)
-            z = torch.einsum("mde,bd->bme", axes, x_t) - abar**0.5 * centres
+        def eps(x_t: Tensor, i: int | Tensor) -> Tensor:
+            alpha, sd = process.scales(i, x_t[:, :, None])
+            variances = alpha**2 * spread + sd**2
+            z = torch.einsum("mde,bd->bme", axes, x_t) - alpha * centres
             log_r = log_weights - 0.5 * (z.square() / variances + variances.log()).sum(2)
-            return (1 - abar) ** 0.5 * torch.einsum("mde,bme,bm->bd", axes, z / variances, log_r.softmax(1))
+            return sd[:, 0] * torch.einsum("mde,bme,bm->bd", axes, z / variances, log_r.softmax(1))
 
         return eps
 
@@ -199,15 +199,17 @@ class Controlled(nn.Module):
         log_snr = torch.logit(process.abar_t).float()[:, None]
         times = torch.cat([log_snr / 8, (log_snr * self.frequencies).sin()], dim=1)
 
-        def psi(x_t: Tensor, i: int) -> Tensor:
+        acts = active(process)
+
+        def psi(x_t: Tensor, i: int | Tensor) -> Tensor:
             eps = pre(x_t, i)
-            if not active(process)[i]:
+            if not isinstance(i, Tensor) and not acts[i]:
                 return eps
             known = torch.cat([x_t, process.predict_x0(i, x_t, eps).clamp(-10, 10), times[i].expand(len(x_t), -1)], dim=1)
             h = self.inner(known) + self.label(y)
             for layer in self.hidden:
                 h = h + layer(nn.functional.silu(h))
-            return eps - strength * (1 - process.abar_t[i].item()) ** 0.5 * self.outer(nn.functional.silu(h))
+            return eps - strength * process.scales(i, x_t)[1] * self.outer(nn.functional.silu(h))
 
         return psi
 

@@ -9,7 +9,8 @@ Step `i` of `N` goes from training timestep `t = timesteps[i]` to the next earli
 
 With eta = 1 this is DDPM (Ho et al., NeurIPS 2020, arXiv 2006.11239) on the same timesteps.
 
-A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *) and `i` the index of the step.
+A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *) and `i` the index of the step. What is trained by
+`supervised` also takes an index for each image, an integer tensor with shape (B,).
 """
 
 from collections.abc import Callable, Sequence
@@ -83,10 +84,15 @@ class Process:
             raise ValueError("eta = 0 makes the process deterministic: it has no KL divergence; use eta = 1")
         return self.eps_coefficient(i) ** 2 / (2 * self.sigma(i) ** 2)
 
-    def predict_x0(self, i: int, x_t: Tensor, eps: Tensor) -> Tensor:
+    def predict_x0(self, i: int | Tensor, x_t: Tensor, eps: Tensor) -> Tensor:
         """x̂_0, the denoised estimate, with shape (B, *)."""
-        abar_t = self.abar_t[i].item()
-        return (x_t - (1 - abar_t) ** 0.5 * eps) / abar_t**0.5
+        alpha, sd = self.scales(i, x_t)
+        return (x_t - sd * eps) / alpha
+
+    def scales(self, i: int | Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(ᾱ_t) and sqrt(1 − ᾱ_t), to multiply x_t with shape (B, *): one for all images, or one for each if `i` has shape (B,)."""
+        abar = self.abar_t[i].reshape(-1, *[1] * (x_t.ndim - 1))
+        return abar.sqrt().to(x_t), (1 - abar).sqrt().to(x_t)
 
     def mean(self, i: int, x_t: Tensor, eps: Tensor) -> Tensor:
         """mu of step `i`, with shape (B, *)."""

@@ -161,7 +161,7 @@ def draw_cfg(problem: Problem, gamma: float) -> Draw:
     def loss(process, net, y, generator, share):
         x_0 = problem.mixture.sample(len(y), generator)
         y = torch.multinomial(problem.label.log_probs(x_0).exp(), 1, generator=generator)[:, 0]
-        return supervised(process, net.denoiser, x_0.float(), y, generator, share, active(process))
+        return supervised(process, net.denoiser(process, y), x_0.float(), generator, share, active(process))
 
     net, process = train(problem, "cfg", loss), process_of(problem.mixture, problem.num_steps)
     return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: net.denoiser(process, y, scale)))

@@ -25,10 +25,34 @@ def test_loss_by_hand(base):
     process = base.process(4)
     weight = torch.zeros(1, requires_grad=True)
     x_0 = torch.randn(5, 2, 3)
-    loss = supervised(process, lambda process, y: lambda x, i: weight * x, x_0, torch.arange(5), torch.Generator().manual_seed(3), 0.2)[
-        "loss"
-    ]
+    loss = supervised(process, lambda x, i: weight * x, x_0, torch.Generator().manual_seed(3), 0.2)["loss"]
     assert loss == pytest.approx(torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(3)).square().sum().item() / 5, rel=1e-5)
+
+
+def test_each_image_has_its_own_step(base):
+    """A denoiser that is given x_t and the steps can tell the noise from x_0: no loss is left. Steps that are not active are not drawn."""
+    process, x_0, seen = base.process(4), torch.randn(64, 2, 3), []
+
+    def knowing(x_t, i):
+        seen.append(i)
+        abar = process.abar_t[i].view(-1, 1, 1)
+        return ((x_t - abar.sqrt() * x_0) / (1 - abar).sqrt() + 0 * weight).float()
+
+    weight = torch.zeros(1, requires_grad=True)
+    loss = supervised(process, knowing, x_0, torch.Generator().manual_seed(3), active=[True, True, True, False])["loss"]
+    assert loss < 1e-6 and set(seen[0].tolist()) == {0, 1, 2}
+
+
+def test_steps_of_their_own_give_each_image_what_it_has_alone(control):
+    process, x_t = control.base.process(4), torch.randn(3, *control.base.latent_shape)
+    y, i = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1])
+    together = control.denoiser(process, ["a", "b", "c"], y)(x_t, i)
+    guided = control.denoiser(process, ["a", "b", "c"], y, guidance_scale=3.0)(x_t, i)
+    for k in range(3):
+        alone = control.denoiser(process, ["abc"[k]], y[k : k + 1])(x_t[k : k + 1], int(i[k]))
+        assert torch.allclose(together[k], alone[0], atol=1e-5)
+        alone = control.denoiser(process, ["abc"[k]], y[k : k + 1], guidance_scale=3.0)(x_t[k : k + 1], int(i[k]))
+        assert torch.allclose(guided[k], alone[0], atol=1e-5)
 
 
 def gradients(task, examples, update):

@@ -210,11 +210,11 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
         y = examples.labels[chosen]
         y[torch.rand(batch_size, generator=generator) < LABEL_DROPOUT] = control.null
 
-        def denoiser_of(process: Process, rows: Tensor) -> Callable:
-            return control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
-
-        x_0 = examples.x_0[chosen.to(examples.x_0.device)]
-        figures = supervised(process, denoiser_of, x_0, torch.arange(batch_size), generator, 1 / batch_size, control.active(process))
+        psi, x_0 = (
+            control.denoiser(process, [examples.prompts[k] for k in chosen.tolist()], y),
+            examples.x_0[chosen.to(examples.x_0.device)],
+        )
+        figures = supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process))
         return {"loss": figures["loss"].item()}
 
     return counted(control, gradient)

@@ -3,7 +3,7 @@
 loss = Σ ‖eps_psi(x_t, t, y) − eps‖²,    x_t = sqrt(ᾱ_t) x_0 + sqrt(1 − ᾱ_t) eps,    t uniform
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,25 +12,17 @@ from ctrl.process import Denoiser, Process
 
 
 def supervised(
-    process: Process,
-    denoiser_of: Callable[[Process, Tensor], Denoiser],
-    x_0: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    share: float = 1.0,
-    active: Sequence[bool] | None = None,
-    num_groups: int = 16,
+    process: Process, psi: Denoiser, x_0: Tensor, generator: torch.Generator, share: float = 1.0, active: Sequence[bool] | None = None
 ) -> dict[str, Tensor]:
-    """Adds the gradient of `share` times the sum of the loss over a batch of x_0 with shape (B, *) and labels with shape (B,).
+    """Adds the gradient of `share` times the sum of the loss over a batch of x_0 with shape (B, *); returns the loss, a scalar.
 
-    The batch is cut into `num_groups`, each with one random step t: a denoiser takes one step at a time. Returns the loss, a scalar.
+    Each image has a random step of its own, among those that are `active`: psi is given their indices, a tensor with shape (B,).
     """
-    steps = [i for i in range(process.num_steps) if active is None or active[i]]
-    noise, loss = torch.randn(x_0.shape, generator=generator).to(x_0.device), 0.0
-    for rows in torch.arange(len(x_0)).chunk(num_groups):
-        i = steps[torch.randint(len(steps), (1,), generator=generator).item()]
-        abar = process.abar_t[i].item()
-        x_t = abar**0.5 * x_0[rows] + (1 - abar) ** 0.5 * noise[rows]
-        loss = loss + (denoiser_of(process, y[rows])(x_t, i) - noise[rows]).square().sum()
-    (share * loss).backward()
-    return {"loss": share * loss.detach()}
+    steps = torch.tensor([i for i in range(process.num_steps) if active is None or active[i]])
+    noise = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    i = steps[torch.randint(len(steps), (len(x_0),), generator=generator)]
+    alpha, sd = process.scales(i, x_0)
+    x_t = alpha * x_0 + sd * noise
+    loss = share * (psi(x_t, i) - noise).square().sum()
+    loss.backward()
+    return {"loss": loss.detach()}
