@@ -31,7 +31,7 @@ def compare(strengths: Sequence[Mapping], gammas: Sequence[Mapping]) -> pd.DataF
         for dial, evaluations in (("strength", strengths), ("gamma", gammas))
     }
     curve = rows["gamma"]
-    near = pd.DataFrame([nearest(row, curve) for _, row in rows["strength"].iterrows()])
+    near = pd.DataFrame([nearest(row, curve) for _, row in rows["strength"].iterrows()], dtype=float)
     return pd.concat([pd.concat([rows["strength"], near], axis=1), curve], ignore_index=True)
 
 
@@ -58,7 +58,8 @@ def point(evaluation: Mapping, dial: str) -> dict:
     row = {"dial": dial, "setting": evaluation["settings"][dial], "gamma": evaluation["settings"]["gamma"], "n": evaluation["n"]}
     for name in METRICS:
         figure = evaluation["metrics"].get(name, {})
-        row |= {name: figure.get("value"), **{f"{name}_{part}": figure.get(part) for part in ("lo", "hi", "n")}}
+        values = {f"{name}{end}": figure.get(part) for end, part in (("", "value"), ("_lo", "lo"), ("_hi", "hi"), ("_n", "n"))}
+        row |= {column: np.nan if value is None else value for column, value in values.items()}
     return row
 
 

@@ -36,7 +36,7 @@ def section(table: pd.DataFrame) -> str:
         *markdown_table(["", "n", *(heading(name) for name in names)], points, 1),
         "",
         "Which gamma is as accurate as a strength, linear in log gamma between those that were trained, and by how much the strength",
-        "differs from it in everything else (strength − gamma):",
+        "differs from it in everything else (strength − gamma). A gamma's interval is left out where an end of it is beyond those trained.",
         "",
         *markdown_table(["strength", "gamma of equal accuracy", *(heading(name) for name in compared)], apart, 0),
         "",
@@ -66,9 +66,10 @@ def sentences(strengths: pd.DataFrame, gammas: pd.DataFrame, compared: Sequence[
         apart = known[(known[f"{name}_difference_lo"] > 0) | (known[f"{name}_difference_hi"] < 0)]
         told += [name] if len(apart) else []
         where = f"its interval does not hold 0 at {settings(apart)}" if len(apart) else "every interval holds 0"
+        where = "; " + where if known[f"{name}_difference_lo"].notna().all() else ""
         lines.append(
-            f"{heading(name)}: the largest difference is {number(apart_by(row, name), name)}, at strength {row['setting']:g} "
-            f"(gamma {row['nearest_gamma']:.3g}); {where}."
+            f"In {heading(name)} the largest difference is {number(apart_by(row, name), name)}, at strength {row['setting']:g} "
+            f"(gamma {row['nearest_gamma']:.3g}){where}."
         )
     if len(known):
         verdict = (

@@ -1,4 +1,4 @@
-"""The strength dial: the gamma of equal accuracy by hand, what cannot be compared, the page's sentences, strength 0 as the script draws it."""
+"""The strength dial: the gamma of equal accuracy by hand, what cannot be compared, the page, strength 0 as the script draws it."""
 
 import math
 import sys
@@ -104,7 +104,8 @@ def test_the_page_says_what_the_figures_say(table):
     assert "| 0.5 | 3.162 [1.995, 5.012] | −0.050 [−0.107, 0.007] | 0.000 |" in text
     assert "Less accurate than all of gamma 1 to 100, and so without a gamma to compare with: strength 0." in text
     assert "More accurate than all of gamma 1 to 100, and so without a gamma to compare with: strength 2." in text
-    assert "diversity: the largest difference is −0.050 [−0.107, 0.007], at strength 0.5 (gamma 3.16); every interval holds 0." in text
+    assert "In diversity the largest difference is −0.050 [−0.107, 0.007], at strength 0.5 (gamma 3.16); every interval holds 0." in text
+    assert "In path KL / nats the largest difference is 0.000, at strength 0.5 (gamma 3.16).\n" in text, "it has no interval"
     assert "these images do not tell the dial from a training with another gamma" in text
     far = strength.compare([*STRENGTHS[:1], evaluation(0.7, 0.8, strength=0.5)], GAMMAS)
     assert "its interval does not hold 0 at strength 0.5" in section(far)
