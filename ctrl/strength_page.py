@@ -51,34 +51,40 @@ def apart_by(row: Mapping, name: str) -> dict:
 
 
 def sentences(strengths: pd.DataFrame, gammas: pd.DataFrame, compared: Sequence[str]) -> list[str]:
-    """What the differences say. Strength 1 is the trained adapter itself, and says nothing."""
+    """What the figures say. Strength 1 is the trained adapter itself, and says nothing."""
     dialled = strengths[strengths["setting"] != 1]
-    lines, known = [], dialled[dialled["nearest_gamma"].notna()]
-    ends = f"gamma {gammas['setting'].min():g} to {gammas['setting'].max():g}"
-    for word, outside in (
-        ("less", dialled["accuracy"] < gammas["accuracy"].min()), ("more", dialled["accuracy"] > gammas["accuracy"].max())
-    ):  # fmt: skip
-        if len(found := dialled[outside]):
-            lines.append(f"{word.capitalize()} accurate than all of {ends}, and so without a gamma to compare with: {settings(found)}.")
-    told = []
-    for name in compared if len(known) else ():
+    least, most = (gammas.loc[gammas["accuracy"].agg(extreme)] for extreme in ("idxmin", "idxmax"))
+    lines = [beside(row, "less", least, compared) for _, row in dialled[dialled["accuracy"] < least["accuracy"]].iterrows()]
+    lines += [beside(row, "more", most, compared) for _, row in dialled[dialled["accuracy"] > most["accuracy"]].iterrows()]
+    told, held = [], 0
+    for name in compared:
+        known = dialled[dialled[f"{name}_difference"].notna()]
+        if not len(known):
+            continue
+        held += 1
         row = known.loc[known[f"{name}_difference"].abs().idxmax()]
         apart = known[(known[f"{name}_difference_lo"] > 0) | (known[f"{name}_difference_hi"] < 0)]
-        told += [name] if len(apart) else []
-        where = f"its interval does not hold 0 at {settings(apart)}" if len(apart) else "every interval holds 0"
-        where = "; " + where if known[f"{name}_difference_lo"].notna().all() else ""
+        told += [heading(name)] if len(apart) else []
+        where = f"; its interval does not hold 0 at {settings(apart)}" if len(apart) else "; every interval holds 0"
         lines.append(
             f"In {heading(name)} the largest difference is {number(apart_by(row, name), name)}, at strength {row['setting']:g} "
-            f"(gamma {row['nearest_gamma']:.3g}){where}."
+            f"(gamma {row['nearest_gamma']:.3g}){where if known[f'{name}_difference_lo'].notna().all() else ''}."
         )
-    if len(known):
-        verdict = (
-            f"At equal accuracy the dial differs from a training in {' and '.join(heading(name) for name in told)}."
-            if told
-            else "At equal accuracy these images do not tell the dial from a training with another gamma."
+    if held:
+        differs = (
+            f"the dial differs from a training in {' and '.join(told)}" if told else "these images do not tell the dial from a training"
         )
-        lines.append(verdict)
+        lines.append(f"At equal accuracy {differs}.")
     return lines
+
+
+def beside(row: Mapping, word: str, gamma: Mapping, compared: Sequence[str]) -> str:
+    """A strength that is less or more accurate than each of the gammas, beside the one at that end."""
+    figures = "; ".join(f"{heading(name)} {number(row, name)} against {number(gamma, name)}" for name in compared)
+    return (
+        f"Strength {row['setting']:g} is {word} accurate than each of the gammas. Beside gamma {gamma['setting']:g}, the nearest in "
+        f"accuracy: {figures}."
+    )
 
 
 def settings(rows: pd.DataFrame) -> str:

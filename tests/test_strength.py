@@ -102,11 +102,12 @@ def test_the_page_says_what_the_figures_say(table):
     text = section(table)
     assert "| strength 0.5 | 64 | 0.700 [0.680, 0.720] | 1.000 [0.960, 1.040] | 3.000 |" in text
     assert "| 0.5 | 3.162 [1.995, 5.012] | −0.050 [−0.107, 0.007] | 0.000 |" in text
-    assert "Less accurate than all of gamma 1 to 100, and so without a gamma to compare with: strength 0." in text
-    assert "More accurate than all of gamma 1 to 100, and so without a gamma to compare with: strength 2." in text
+    assert "Strength 0 is less accurate than each of the gammas. Beside gamma 1, the nearest in accuracy: diversity 1.200" in text
+    assert "Strength 2 is more accurate than each of the gammas. Beside gamma 100, the nearest in accuracy: diversity 0.500" in text
+    assert "0.500 [0.460, 0.540] against 0.900 [0.860, 0.940]; path KL / nats 3.000 against 3.000." in text
     assert "In diversity the largest difference is −0.050 [−0.107, 0.007], at strength 0.5 (gamma 3.16); every interval holds 0." in text
     assert "In path KL / nats the largest difference is 0.000, at strength 0.5 (gamma 3.16).\n" in text, "it has no interval"
-    assert "these images do not tell the dial from a training with another gamma" in text
+    assert "At equal accuracy these images do not tell the dial from a training." in text
     far = strength.compare([*STRENGTHS[:1], evaluation(0.7, 0.8, strength=0.5)], GAMMAS)
     assert "its interval does not hold 0 at strength 0.5" in section(far)
     assert "At equal accuracy the dial differs from a training in diversity." in section(far)

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ctrl.figures.style import INK, METHOD_COLOURS, METRIC_NAMES, PALE, STYLE, save
 
@@ -45,4 +46,4 @@ def _curve(axes, rows: pd.DataFrame, name: str, which: str) -> None:
         lines(at, rows[low].to_numpy(float), rows[high].to_numpy(float), color=colour, linewidth=0.8, alpha=0.6)
     for setting, *point in zip(rows["setting"], x, y, strict=True):
         style = {"xytext": offset, "textcoords": "offset points", "ha": alignment, "fontsize": 6.5, "color": colour, "zorder": 4}
-        axes.annotate(f"{setting:g}", point, **style)
+        axes.annotate(f"{setting:g}", point, **style, path_effects=[withStroke(linewidth=2, foreground="white")])
