@@ -71,9 +71,7 @@ def sentences(strengths: pd.DataFrame, gammas: pd.DataFrame, compared: Sequence[
             f"(gamma {row['nearest_gamma']:.3g}){where if known[f'{name}_difference_lo'].notna().all() else ''}."
         )
     if held:
-        differs = (
-            f"the dial differs from a training in {' and '.join(told)}" if told else "these images do not tell the dial from a training"
-        )
+        differs = f"the dial differs from training in {' and '.join(told)}" if told else "these images do not tell the dial from training"
         lines.append(f"At equal accuracy {differs}.")
     return lines
 

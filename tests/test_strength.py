@@ -107,10 +107,10 @@ def test_the_page_says_what_the_figures_say(table):
     assert "0.500 [0.460, 0.540] against 0.900 [0.860, 0.940]; path KL / nats 3.000 against 3.000." in text
     assert "In diversity the largest difference is −0.050 [−0.107, 0.007], at strength 0.5 (gamma 3.16); every interval holds 0." in text
     assert "In path KL / nats the largest difference is 0.000, at strength 0.5 (gamma 3.16).\n" in text, "it has no interval"
-    assert "At equal accuracy these images do not tell the dial from a training." in text
+    assert "At equal accuracy these images do not tell the dial from training." in text
     far = strength.compare([*STRENGTHS[:1], evaluation(0.7, 0.8, strength=0.5)], GAMMAS)
     assert "its interval does not hold 0 at strength 0.5" in section(far)
-    assert "At equal accuracy the dial differs from a training in diversity." in section(far)
+    assert "At equal accuracy the dial differs from training in diversity." in section(far)
 
 
 def test_the_page_without_any_gamma_as_accurate():
