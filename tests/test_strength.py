@@ -151,9 +151,14 @@ def test_only_a_finetuned_method_has_a_strength():
         loading.strength_of(2.0, pretrained)
 
 
+class NoMetrics(NoTracking):
+    def log_metrics(self, *figures):
+        pass
+
+
 def draw(monkeypatch, tmp_path, output, *words):
-    """The images of scripts/sample.py, its table, and samples.json."""
-    monkeypatch.setattr(sample, "run", NoTracking)
+    """The images of scripts/sample.py, and its table."""
+    monkeypatch.setattr(sample, "run", NoMetrics)
     words = ["--config", tmp_path / "c.json", "--split", "val", "--cells", tmp_path / "cells.json", "--per-label", 3, *words]
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words), "--output", str(tmp_path / output)])
     sample.main()
@@ -169,6 +174,7 @@ def test_strength_0_is_the_pretrained_model_bit_for_bit(tiny_sd, adapter, tmp_pa
     write_json(tmp_path / "c.json", config)
     write_json(tmp_path / "cells.json", {"cells": [["coat", 0], ["bag", 0], ["bag", 2]]})
     expected, rows = draw(monkeypatch, tmp_path, "pretrained", "--method", "pretrained")
+    write_json(adapter[0] / "adapter.json", adapter[1] | {"peak_memory_mb": 100.0})
     dialled = ["--method", "ctrl", "--adapter", adapter[0], "--strength"]
     images, table = draw(monkeypatch, tmp_path, "zero", *dialled, 0)
     assert images == expected and table["seed"].tolist() == rows["seed"].tolist()
