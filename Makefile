@@ -1,5 +1,5 @@
 # make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
-# make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the page on all methods
+# make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the strength dial, the page on all methods
 # make ui     MLflow's pages on what the runs logged
 # make test   all tests;  make lint  style
 PYTHON ?= python3

@@ -2,7 +2,7 @@
 #
 #   snakemake --cores all all                                     the embedded default, config/config.yaml
 #   snakemake --cores all all --configfile config/smoke.yaml      every rule in minutes, with few steps and images
-#   snakemake --cores all paper                                   further rows of the table and the sweep of gamma; hours
+#   snakemake --cores all paper                                   further rows of the table, the sweep of gamma, the strength dial; hours
 #   snakemake --cores all all --configfile config/mixture.yaml    the proof on a Gaussian mixture, where the exact answer is known
 #   snakemake --profile slurm all                                 the same on a cluster
 
@@ -17,6 +17,7 @@ include: "workflow/rules/classifier.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/strength.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/mixture.smk"
 

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import jsonschema
@@ -53,6 +54,20 @@ VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<s
 def recipe_of(name: str) -> str:
     """`ctrl` of `ctrl_gamma3_seed1`: an adapter's name without what it varies."""
     return VARIANT.fullmatch(name)["recipe"]
+
+
+DIALLED = re.compile(r"(?P<method>.+)_strength(?P<strength>\d+(\.\d+)?)")
+
+
+def split_strength(method: str) -> tuple[str, dict[str, str]]:
+    """`ctrl_gamma3` and {"strength": "0.5"} of `ctrl_gamma3_strength0.5`: one adapter serves every strength; {} where there is none."""
+    dialled = DIALLED.fullmatch(method)
+    return (dialled["method"], {"strength": dialled["strength"]}) if dialled else (method, {})
+
+
+def dial_of(config: dict) -> list[str]:
+    """The methods of the strength dial, by strength: 1 is `ctrl` itself."""
+    return ["ctrl" if s == 1 else f"ctrl_strength{format(Decimal(str(s)).normalize(), 'f')}" for s in config["strengths"]]
 
 
 def for_adapter(config: dict, name: str) -> dict:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ctrl.config import for_adapter
+from ctrl.config import dial_of, for_adapter, split_strength
 
 LEFT_OUT = (
     "Left out: the dataset, the classifier's training and cost, the evaluations, probes, figures; and labels rarer than one in as many as "
@@ -58,6 +58,11 @@ def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], u
         found.append(draw(f"sample {folder}", f"{folder}/samples.parquet", num_images, rejection))
     for adapter in sweep_of(config):
         found.append(draw(f"sample samples_val/{adapter}", f"samples_val/{adapter}/samples.parquet", num_images, plain))
+    for name in dial_of(config):
+        if name not in sweep_of(config):
+            strength = float(split_strength(name)[1].get("strength", 1))
+            num = num_images * (1 if strength in (0, 1) else 2)  # others take both models
+            found.append(draw(f"sample samples_val/{name}", f"samples_val/{name}/samples.parquet", num, plain))
     return found
 
 

@@ -222,6 +222,10 @@ def costs(table: pd.DataFrame, info: dict, num_bootstrap: int, seed: int) -> dic
     for name in SINGLE:
         if info.get(name) is not None:
             given = info[name] if isinstance(info[name], dict) else {"value": info[name]}
+            if "values" in given:
+                values, seeds = torch.tensor(given["values"], dtype=torch.float64), torch.tensor(given["seeds"])
+                bounds = metrics.bootstrap(lambda i, v=values: v[i].mean().item(), len(values), num_bootstrap, seed, clusters=seeds)
+                given = given | dict(zip(("lo", "hi"), bounds, strict=True))
             figures[name] = _figure(given["value"], given.get("n", len(table)), given.get("lo"), given.get("hi"))
     return figures
 

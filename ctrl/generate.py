@@ -93,7 +93,10 @@ def path_figures(
     base: Base, process: Process, rows: pd.DataFrame, psi: MakeDenoiser, pre: MakeDenoiser, log_prob: Callable[[Tensor, Tensor], Tensor],
     gamma: float, batch_size: int, active: Sequence[bool] | None = None,
 ) -> dict[str, dict]:  # fmt: skip
-    """kl_nats and var_log_w over the paths of `rows`, each with its sample size; `log_prob` takes x_0 and labels, in nats."""
+    """kl_nats and var_log_w over the paths of `rows`, each with its sample size; `log_prob` takes x_0 and labels, in nats.
+
+    kl_nats also has each path's `values` and `seeds`, for an interval.
+    """
     kl, log_w = [], []
     for start in range(0, len(rows), batch_size):
         part = rows.iloc[start : start + batch_size]
@@ -104,4 +107,6 @@ def path_figures(
             log_w.append(gamma * log_prob(x_0, labels) - log_ratio)
         kl.append(kl_nats)
     variance = within_cell_variance(torch.cat(log_w), list(zip(rows["subject"], rows["label"], strict=True)))
-    return {"kl_nats": {"value": torch.cat(kl).mean().item(), "n": len(rows)}, "var_log_w": {"value": variance, "n": len(rows)}}
+    paths, n = torch.cat(kl), len(rows)
+    kl_nats = {"value": paths.mean().item(), "n": n, "values": paths.tolist(), "seeds": rows["seed"].tolist()}
+    return {"kl_nats": kl_nats, "var_log_w": {"value": variance, "n": n}}

@@ -7,7 +7,10 @@ pipe(["sneaker", "coat"], label=[3, 0], strength=1.0, seed=0).images
 """
 
 import json
+import math
+import warnings
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -29,7 +32,8 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     from the factors' names.
 
     eps = eps_pre + strength · (eps_psi − eps_pre): 0 is the pretrained model, 1 the trained one. `seed` gives image k the seed
-    `seed + k`. Steps, eta and prompt guidance are the adapter's unless given.
+    `seed + k`. Steps, eta and prompt guidance are the adapter's unless given; others draw from a law that it was not trained for, and
+    are warned about.
     """
 
     control = None
@@ -98,6 +102,20 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
             rows.append(row)
         return torch.tensor(rows)
 
+    def sampler_settings(self, given):
+        """`given` keywords over the adapter's own sampler. Another number of steps, eta or prompt guidance is warned about."""
+        sampler, num_steps = self.control["sampler"], given.get("num_inference_steps")
+        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1):
+            raise ValueError(f"num_inference_steps is {num_steps!r}: give a whole number above 0, or leave it out for the adapter's")
+        own = {"num_inference_steps": sampler["num_steps"], "eta": sampler["eta"], "guidance_scale": sampler["guidance_scale"]}
+        given = {name: value for name, value in given.items() if name not in own or value not in (None, own[name])}
+        if others := [f"{name} is {given[name]}, not {own[name]}" for name in own if name in given]:
+            warnings.warn(f"the images are of another law than the adapter was trained for: {', '.join(others)}", stacklevel=3)
+        if sampler["spacing"] == "quadratic" and "num_inference_steps" not in given:
+            del own["num_inference_steps"]
+            own["timesteps"] = sampler["timesteps"]
+        return own | given
+
     @contextmanager
     def conditioned(self, labels, strength):
         """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength."""
@@ -133,14 +151,10 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
             raise ValueError("no control is loaded: call load_control(folder) first")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         labels = self.check_labels(label, len(prompts)).repeat_interleave(num_images_per_prompt, dim=0)
+        if not isinstance(strength, Real) or not 0 <= strength < math.inf:
+            raise ValueError(f"strength is {strength!r}: it goes from 0 (the pretrained model) over 1 (the trained one) to more")
         strength = 0.0 if bool((labels == self.unet.class_embedding.padding_idx).all()) else strength
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
-        sampler = self.control["sampler"]
-        settings = {"eta": sampler["eta"], "guidance_scale": sampler["guidance_scale"]}
-        if sampler["spacing"] == "quadratic" and "num_inference_steps" not in kwargs:
-            settings["timesteps"] = sampler["timesteps"]
-        else:
-            settings["num_inference_steps"] = sampler["num_steps"]
         with self.conditioned(labels, strength):
-            return super().__call__(prompts, num_images_per_prompt=num_images_per_prompt, **settings | kwargs)
+            return super().__call__(prompts, num_images_per_prompt=num_images_per_prompt, **self.sampler_settings(kwargs))

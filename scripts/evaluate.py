@@ -35,7 +35,7 @@ def main() -> None:
     if args.adapter:
         trained = read_json(args.adapter / "adapter.json")
         peak = max(d.get("peak_memory_mb") or 0 for d in (trained, samples.info)) or None
-        settings = {"gamma": trained.get("gamma")}
+        settings = {"gamma": trained.get("gamma"), "strength": samples.info.get("strength")}
         samples.info = trained | samples.info | {"peak_memory_mb": peak}
     network = features.load(config["evaluation"]["features"])
     with run(config, config["experiment"], f"evaluate {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as log:

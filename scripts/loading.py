@@ -1,5 +1,6 @@
 """From the configuration and files to the objects of the library: what several scripts load alike."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def load_method(name: str, path: Path) -> pd.Series:
     if name not in table.index:
         raise UserError(f"--method: {path} has no method {name!r}; it has {', '.join(table.index)}")
     return table.loc[name]
+
+
+def strength_of(asked: float | None, method: pd.Series) -> float:
+    """The strength to sample with: the one that was asked for, else the method's."""
+    strength = float(method["strength"]) if asked is None else asked
+    if not 0 <= strength < math.inf:
+        raise UserError(f"--strength is {strength:g}; it goes from 0 (the pretrained model) over 1 (the trained one) to more")
+    if method["family"] != "finetune" and strength != 1:
+        raise UserError(f"--strength is {strength:g}, but method {method.name} is not fine-tuned by CTRL; leave it out")
+    return strength
 
 
 def load_cells(path: Path) -> list[tuple[str, int]]:

@@ -26,6 +26,7 @@ from scripts.loading import (
     load_oracle,
     log_prob_of_latents,
     pretrained_denoiser,
+    strength_of,
 )
 
 
@@ -53,7 +54,10 @@ def parse() -> argparse.Namespace:
 
 
 def figures_of_adapter(control, process, config, args, psi, samples, num_images: int = 256) -> dict:
-    """What training cost, and with a classifier at hand how far the paths of some of the samples are from the optimum."""
+    """What training cost, and with a classifier at hand how far the paths of some of the samples are from the optimum.
+
+    The paths are those of `psi`, at whatever strength it acts.
+    """
     adapter, base, scale = read_json(args.adapter / "adapter.json"), control.base, config["sampler"]["guidance_scale"]
     figures = {"train_seconds": adapter["train_seconds"], "train_peak_memory_mb": adapter["peak_memory_mb"]}
     if args.classifier:
@@ -61,7 +65,7 @@ def figures_of_adapter(control, process, config, args, psi, samples, num_images:
         rows = samples.sample(min(num_images, len(samples)), random_state=0)
         figures |= path_figures(
             base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, adapter["gamma"],
-            config["sampler"]["batch_size"], control.active(process),
+            config["sampler"]["batch_size"], [acts and args.strength != 0 for acts in control.active(process)],
         )  # fmt: skip
     return figures
 
@@ -79,6 +83,7 @@ def main() -> None:
     }.get(method["family"], [])
     if missing := [f"--{name}" for name in needs if getattr(args, name) is None]:
         raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
+    args.strength = strength_of(args.strength, method)
     base, process = load_base(config, args.num_threads)
     templates, batch_size = config["prompts"]["templates"][args.split], config["sampler"]["batch_size"]
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
@@ -88,9 +93,8 @@ def main() -> None:
         rows = table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
 
     if method["family"] == "finetune":
-        strength = float(method["strength"]) if args.strength is None else args.strength
         control = controls.load(base, args.adapter).merge()
-        make_denoiser = adapter_denoiser(control, process, config, strength)
+        make_denoiser = adapter_denoiser(control, process, config, args.strength)
     elif method["family"] == "cfg":
         control = controls.load(base, args.adapter).merge()
         make_denoiser = label_guidance_denoiser(control, process, config, read_json(args.tuning)["best"]["scale"])
@@ -124,7 +128,7 @@ def main() -> None:
             if "effective_sample_size" in samples:  # of the particles, after each step
                 info["effective_sample_size"] = np.mean(samples["effective_sample_size"].tolist(), axis=0).tolist()
             if args.adapter:
-                info |= figures_of_adapter(control, process, config, args, make_denoiser, samples)
+                info |= {"strength": args.strength} | figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)
         for step, size in enumerate(info.get("effective_sample_size", [])):
             tracker.log_metrics({"effective_sample_size": size}, step)

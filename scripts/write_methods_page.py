@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctrl import errors, methods_page, tables
+from ctrl import errors, methods_page, strength_page, tables
 from ctrl.io import read_json, write_text
 from scripts.common import DEFAULTS, add_config_argument, load_config
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """The CSV of scripts/tabulate_results.py; UserError where it is missing or another table."""
+def read_table(path: Path, option: str, columns: set[str], script: str) -> pd.DataFrame:
+    """The CSV behind an option; UserError where it is missing or another table than that of `script`."""
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
-        raise errors.UserError(f"--table: {path} cannot be read ({error}); give the CSV of scripts/tabulate_results.py") from error
-    if missing := {"method", "n"} - set(table):
-        raise errors.UserError(f"--table: {path} has no column {sorted(missing)[0]}; give the CSV of scripts/tabulate_results.py")
+        raise errors.UserError(f"{option}: {path} cannot be read ({error}); give the CSV of {script}") from error
+    if missing := columns - set(table):
+        raise errors.UserError(f"{option}: {path} has no column {sorted(missing)[0]}; give the CSV of {script}")
     return table
 
 
@@ -40,12 +40,17 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples.json of the methods, for the devices")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="adapter.json of the adapters, for the devices")
     parser.add_argument("--command", required=True, help="the command that made the results")
+    parser.add_argument("--strength", type=Path, help="CSV of scripts/compare_strengths.py, for the section on the strength dial")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="pictures to show")
     parser.add_argument("--captions", type=Path, default=Path("workflow/report"), help="folder of captions (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args()
     config, defaults = load_config(args), load_config(argparse.Namespace(config=[DEFAULTS]))
-    table = read_table(args.table)
+    table = read_table(args.table, "--table", {"method", "n"}, "scripts/tabulate_results.py")
+    sections = []
+    if args.strength:
+        columns = {"dial", "setting", "gamma", "n", "nearest_gamma"}
+        sections.append(strength_page.section(read_table(args.strength, "--strength", columns, "scripts/compare_strengths.py")))
     if unknown := set(table["method"]) - set((methods := tables.read_methods(args.methods))["method"]):
         raise errors.UserError(f"--table: {args.table} has a row {sorted(unknown)[0]!r}, which {args.methods} does not know")
 
@@ -57,7 +62,7 @@ def main() -> None:
     if changed := methods_page.differences(config, defaults):
         origin.append(f"Settings that are not those of `config/config.yaml`: {', '.join(f'`{line}`' for line in changed)}.")
     figures = [captioned(path, args.captions, args.output, config) for path in args.figures]
-    write_text(args.output, methods_page.page(methods, table, config, origin, figures))
+    write_text(args.output, methods_page.page(methods, table, config, origin, figures, sections))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,35 @@ def test_wrong_labels_are_refused(tiny_sd, adapter, label):
         pipe(["coat", "bag"], label=label)
 
 
+@pytest.mark.parametrize("strength", [-1, float("nan"), float("inf"), "1", None])
+def test_a_strength_below_nothing_is_refused(tiny_sd, adapter, strength):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    with pytest.raises(ValueError, match="strength is .*it goes from 0") as caught:
+        pipe("coat", label=0, strength=strength)
+    assert "\n" not in str(caught.value)
+
+
+@both_spacings
+def test_another_sampler_than_the_adapters_is_warned_about(tiny_sd, adapter, recwarn):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+
+    def told(**keywords):
+        recwarn.clear()
+        images = stack(pipe("coat", label=0, seed=0, **keywords).images)
+        return images, [str(w.message) for w in recwarn if "another law" in str(w.message)]
+
+    expected, silent = told()
+    assert not silent
+    images, silent = told(num_inference_steps=4, eta=1.0, guidance_scale=2.0)
+    assert np.array_equal(images, expected) and not silent, "the adapter's own, spelled out"
+    images, (line,) = told(num_inference_steps=3)
+    assert not np.array_equal(images, expected) and "num_inference_steps is 3, not 4" in line and "\n" not in line
+    assert "guidance_scale is 5, not 2.0" in told(guidance_scale=5)[1][0]
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="num_inference_steps is .*a whole number above 0"):
+            pipe("coat", label=0, num_inference_steps=wrong)
+
+
 def test_another_base_is_refused(tiny_sd, adapter):
     described = json.loads((adapter[0] / "adapter.json").read_text())
     write_json(adapter[0] / "adapter.json", described | {"base_fingerprint": "0" * 16})

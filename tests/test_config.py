@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, check_scales, for_adapter, merge, recipe_of, resolve
+from ctrl.config import MIXTURE, check, check_scales, dial_of, for_adapter, merge, recipe_of, resolve, split_strength
 from ctrl.errors import UserError
 from scripts import common
 
@@ -98,6 +98,8 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("seed: true", "seed is true; it must be a whole number"),
         ("experiment: ../up", "experiment is ../up"),
         ("gamma_sweep: []", "gamma_sweep is []"),
+        ("strengths: [-1, 1]", "strengths.0 is -1; it must be a finite number at least 0"),
+        ("strengths: [1, 1]", "strengths is [1, 1]; it must be a list of 1 or more entries, in ascending order"),
         ("label: {held_out: [[0, 1]]}", "without label.factors there are no combinations"),
         ("label: {factors: [{oracle: brightness}, {oracle: brightness}]}", "names an oracle twice"),
         ("label: {factors: [{oracle: brightness}]}", "label.factors"),
@@ -153,3 +155,11 @@ def test_the_name_of_an_adapter_says_what_it_varies(tmp_path):
     assert one["finetune"] == for_adapter(defaults, "cfg")["finetune"] | {"gamma": 0.5} and one["seed"] == 3
     assert for_adapter(defaults, "ctrl") == defaults
     assert [recipe_of(n) for n in ("ctrl", "ctrl_adjoint", "ctrl_gamma30", "cfg_seed1")] == ["ctrl", "ctrl_adjoint", "ctrl", "cfg"]
+
+
+def test_the_name_of_a_method_says_its_strength(tmp_path):
+    assert split_strength("ctrl_gamma3_seed1_strength0.5") == ("ctrl_gamma3_seed1", {"strength": "0.5"})
+    assert split_strength("ctrl") == ("ctrl", {}) and split_strength("ctrl_strengthen") == ("ctrl_strengthen", {})
+    dial = dial_of(load(tmp_path, "strengths: [0, 1.0e-5, 0.5, 1.0, 2.0, 10]"))
+    assert dial == ["ctrl_strength0", "ctrl_strength0.00001", "ctrl_strength0.5", "ctrl", "ctrl_strength2", "ctrl_strength10"]
+    assert all(float(split_strength(name)[1].get("strength", 1)) == s for name, s in zip(dial, [0, 1e-5, 0.5, 1, 2, 10], strict=True))

@@ -29,7 +29,8 @@ def test_each_job_costs_what_the_config_asks():
         update["train ctrl"] == 5 * CONFIG["finetune"]["num_updates"]
         and update["train cfg"] == 5 * CONFIG["adapters"]["cfg"]["num_updates"]
     )
-    assert set(of(start=7.0).values()) == {7.0}
+    assert plain["sample samples_val/ctrl_strength0"] == 2 * num and plain["sample samples_val/ctrl_strength0.5"] == 2 * 2 * num
+    assert "sample samples_val/ctrl_strength1" not in plain and set(of(start=7.0).values()) == {7.0}
 
 
 def test_the_sweep_adds_the_gammas_that_the_table_lacks():

@@ -119,6 +119,15 @@ def test_costs_of_rejection_have_an_interval():
     assert figures["kl_nats"] == {"value": 1.4, "n": 40, "lo": 1.3, "hi": 1.5}
 
 
+def test_the_paths_of_a_seed_are_resampled_together():
+    values, table = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0], pd.DataFrame({"seed": range(6)})
+    paths = {"value": 2.0, "n": 6, "values": values}
+    together = evaluation.costs(table, {"kl_nats": paths | {"seeds": [0, 0, 1, 1, 2, 2]}}, 400, 0)["kl_nats"]
+    apart = evaluation.costs(table, {"kl_nats": paths | {"seeds": [0, 1, 2, 3, 4, 5]}}, 400, 0)["kl_nats"]
+    assert set(together) == {"value", "n", "lo", "hi"} and together["value"] == 2 and together["n"] == 6
+    assert 1 <= together["lo"] < apart["lo"] < 2 < apart["hi"] < together["hi"] <= 3
+
+
 def edit(folder, **columns):
     path = folder / "samples.parquet"
     write_parquet(path, pd.read_parquet(path).assign(**columns))

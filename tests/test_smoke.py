@@ -130,11 +130,13 @@ def test_report(repository, results):
 
 
 def test_parts_of_the_long_run(repository, results):
-    """The sweep of gamma, an adapter trained otherwise, and each kind of sampler that the demo does not have."""
+    """The sweep of gamma, the strength dial, an adapter trained otherwise, and each kind of sampler that the demo does not have."""
     samplers = [f"results/smoke/samples/{name}/samples.parquet" for name in ("mpgd", "classifier_guidance", "smc", "svdd")]
-    done = snakemake(repository, "sweep", "results/smoke/evaluation/cfg.json", *samplers, *ARGUMENTS, timeout=900)
+    done = snakemake(repository, "sweep", "strength", "results/smoke/evaluation/cfg.json", *samplers, *ARGUMENTS, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]
-    assert (results / "figures" / "gamma_sweep.png").is_file()
+    assert (results / "figures" / "gamma_sweep.png").is_file() and (results / "figures" / "strength.png").is_file()
+    dial = pd.read_csv(results / "tables" / "strength.csv")
+    assert dial["setting"].tolist() == [0, 1, 1.5, 1, 10] and dial["kl_nats"].iloc[0] == 0
     adapters = {path.parent.name: json.loads(path.read_text()) for path in (results / "adapters").glob("*/adapter.json")}
     assert adapters["ctrl_gamma1"]["gamma"] == 1
     assert adapters["cfg"]["finetune"]["trainer"] == "supervised" and adapters["ctrl"]["finetune"]["trainer"] == "backprop"

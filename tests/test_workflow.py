@@ -44,6 +44,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "tune": {f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")},
     "plot_figures": {"ctrl/figures/__init__.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/figures/__init__.py"},
+    "compare_strengths": {"ctrl/figures/__init__.py"},
 }
 
 
@@ -68,10 +69,21 @@ def test_rules_of_the_demo(repository, configfile):
 def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     jobs = plan(repository, "paper")
     assert jobs["finetune"] == 8  # gamma 1, 3, 10 and 30, of which the configuration's is `ctrl`; and the four other adapters
-    assert jobs["sample_val"] == 5  # the four of the sweep and the reference
-    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (16, 15, 4)
+    assert jobs["sample_val"] == 9  # the four of the sweep, four further strengths, and the reference
+    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (16, 15, 8)
     assert jobs["tabulate"] == 2
-    assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
+    assert {"plot_sweep", "compare_strengths", "plot_figures", "plot_figures_paper"} <= set(jobs)
+
+
+def test_every_strength_is_drawn_from_one_adapter(repository):
+    name = "results/smoke/samples_val/ctrl_gamma3_strength0.5/samples.parquet"
+    done = snakemake(repository, "-n", "-p", "--cores", "2", "strength", name, "--configfile", "config/smoke.yaml")
+    assert done.returncode == 0, done.stdout
+    commands = re.findall(r"--method ctrl\s+\\?\s*--strength (\S+).*?--adapter (\S+).*?--output (\S+)", done.stdout, re.DOTALL)
+    found = {output.split("/")[-1]: (adapter.split("/")[-1], strength) for strength, adapter, output in commands}
+    assert found["ctrl_strength0"] == ("ctrl", "0") and found["ctrl_strength1.5"] == ("ctrl", "1.5") and found["ctrl"] == ("ctrl", "1")
+    assert found["ctrl_gamma3_strength0.5"] == ("ctrl_gamma3", "0.5")
+    assert "ctrl_strength1" not in found, "that is ctrl itself"
 
 
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):

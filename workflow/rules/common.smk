@@ -13,7 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, for_adapter, read_methods, recipe_of, resolve
+from ctrl.config import UserError, check_scales, dial_of, for_adapter, read_methods, recipe_of, resolve, split_strength
 
 
 def write_config(path: Path) -> None:
@@ -73,6 +73,7 @@ CODE = {
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
+    "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
@@ -114,9 +115,10 @@ def sweep_adapters() -> list[str]:
 
 
 def row_of(name: str) -> dict:
-    """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3` CTRL with gamma 3."""
+    """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3_strength2` CTRL so."""
+    name, dialled = (name, {}) if name in METHODS else split_strength(name)
     row = METHODS[recipe_of(name.removesuffix("_reference"))]
-    return METHODS.get(name) or {**row, "adapter": row["adapter"] and name}
+    return {**(METHODS.get(name) or {**row, "adapter": row["adapter"] and name}), **dialled}
 
 
 def sample_needs(wildcards) -> dict[str, str]:

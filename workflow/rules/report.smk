@@ -152,13 +152,15 @@ rule sweep:
 rule write_methods_page:
     """The page on all methods, from the long table: what each computes and needs, its row, and what the figures say."""
     input:
-        code=["scripts/write_methods_page.py", "ctrl/methods_page.py", "ctrl/tables.py"],
+        code=["scripts/write_methods_page.py", *lib("methods_page strength strength_page tables")],
         methods="config/methods.tsv",
         table="results/{experiment}/tables/paper.csv",
         samples=expand("results/{{experiment}}/samples/{method}/samples.json", method=methods("paper")),
         adapters=expand("results/{{experiment}}/adapters/{adapter}/adapter.json", adapter=adapters("paper")),
         figures=expand("results/{{experiment}}/figures_paper/{name}.png", name=("teaser", "sizes", "training")),
         sweep="results/{experiment}/figures/gamma_sweep.png",
+        strength="results/{experiment}/tables/strength.csv",
+        dial="results/{experiment}/figures/strength.png",
     output:
         page="results/{experiment}/methods.md",
     log:
@@ -178,15 +180,17 @@ rule write_methods_page:
             --samples {input.samples:q} \
             --adapters {input.adapters:q} \
             --command {params.command:q} \
-            --figures {input.figures:q} {input.sweep:q} \
+            --strength {input.strength:q} \
+            --figures {input.figures:q} {input.sweep:q} {input.dial:q} \
             --output {output.page:q} 2>&1 | tee {log:q}
         """
 
 
 rule paper:
-    """The long run: the demo, the further rows of the table, the sweep of gamma, the page on all methods."""
+    """The long run: the demo, the further rows of the table, the sweep of gamma, the strength dial, the page on all methods."""
     input:
         all_targets(),
         all_targets("paper"),
         f"{RESULTS}/figures/gamma_sweep.png",
+        f"{RESULTS}/figures/strength.png",
         f"{RESULTS}/methods.md",
