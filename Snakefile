@@ -18,6 +18,7 @@ include: "workflow/rules/finetune.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/trainers.smk"
 include: "workflow/rules/mixture.smk"
 
 

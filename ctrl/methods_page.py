@@ -138,11 +138,14 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], num_t
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |" for cells in (headings, rule, *rows)]
 
 
-def page(methods: pd.DataFrame, table: pd.DataFrame, config: dict, origin: Sequence[str], figures: Sequence[tuple[str, str]] = ()) -> str:
+def page(
+    methods: pd.DataFrame, table: pd.DataFrame, config: dict, origin: Sequence[str], figures: Sequence[tuple[str, str]] = (),
+    trainers: str = "",
+) -> str:  # fmt: skip
     """The page as Markdown.
 
     methods: config/methods.tsv; table: the CSV of `ctrl.tables`, of which rows may be missing: these are listed as not run. origin:
-    sentences on where the figures come from; figures: (link, caption).
+    sentences on where the figures come from; figures: (link, caption); trainers: what `ctrl.trainers` says of them, as Markdown.
     """
     rows = {row["method"]: row for _, row in table.iterrows()}
     run = methods[methods["method"].isin(list(rows))]
@@ -182,6 +185,8 @@ def page(methods: pd.DataFrame, table: pd.DataFrame, config: dict, origin: Seque
         "",
         *(f"- {text}" for text in sentences(table)),
     ]
+    if trainers:
+        lines += ["", "## The trainers compared", "", trainers.rstrip()]
     for link, caption in figures:
         lines += ["", f"![{caption}]({link})", "", caption]
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ import yaml
 
 from ctrl.config import MIXTURE, check, check_scales, for_adapter, merge, recipe_of, resolve
 from ctrl.errors import UserError
+from ctrl.finetune.objective import effective_gamma
 from scripts import common
 
 
@@ -91,6 +92,8 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("adapters: {odd: {gama: 3}}", "adapters.odd laid over finetune: unknown key finetune.gama"),
         ("adapters: {odd: {trainer: adjoint, kl_weight: 0}}", "adapters.odd laid over finetune: finetune.trainer is adjoint"),
         ("adapters: {ctrl: {rank: 3}}", "adapters"),
+        ("trainers: {recipes: [ctrl, adjoint]}", "trainers.recipes has adjoint; the recipes are ctrl, cfg"),
+        ("trainers: {seeds: [0, 0]}", "trainers.seeds is [0, 0]"),
         ("sampler: {spacing: quadratic, eta: 0.5}", "with sampler.spacing quadratic it must be 1"),
         ("finetune: {temperature: {hold: 0.9}}", "must not be above its end"),
         ("finetune: {micro_batch_size: 48}", "it must divide finetune.batch_size"),
@@ -153,3 +156,11 @@ def test_the_name_of_an_adapter_says_what_it_varies(tmp_path):
     assert one["finetune"] == for_adapter(defaults, "cfg")["finetune"] | {"gamma": 0.5} and one["seed"] == 3
     assert for_adapter(defaults, "ctrl") == defaults
     assert [recipe_of(n) for n in ("ctrl", "ctrl_adjoint", "ctrl_gamma30", "cfg_seed1")] == ["ctrl", "ctrl_adjoint", "ctrl", "cfg"]
+
+
+def test_the_published_recipe_fits_every_config(tmp_path):
+    """Its constants are not the user's mistake: fewer steps than its truncation, another trainer, a micro-batch that does not divide."""
+    config = load(tmp_path, "sampler: {num_steps: 4}\nfinetune: {trainer: adjoint, batch_size: 48, micro_batch_size: 48}")
+    published = for_adapter(config, "published_seed2")
+    assert published["seed"] == 2 and published["finetune"]["trainer"] == "backprop" and published["finetune"]["truncation"] == [1, 6]
+    assert effective_gamma(*(published["finetune"][key] for key in ("gamma", "kl_weight", "kl_reduction")), 256) == pytest.approx(2560)

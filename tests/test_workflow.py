@@ -30,7 +30,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "train_garments": {"ctrl/labels.py", "ctrl/oracles.py"},
     "unpack_images": {"ctrl/labels.py", "ctrl/oracles.py"},
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
-    "finetune": {"ctrl/metrics.py", "ctrl/noisy.py", *SAMPLERS},
+    "finetune": {*(f"ctrl/{name}.py" for name in ("evaluation", "features", "metrics", "noisy")), *SAMPLERS},  # the probe is no part of it
     "train_noisy_classifier": {
         *(
             f"ctrl/{name}.py"
@@ -44,6 +44,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "tune": {f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")},
     "plot_figures": {"ctrl/figures/__init__.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/figures/__init__.py"},
+    "compare_trainers": {"ctrl/figures/__init__.py"},
 }
 
 
