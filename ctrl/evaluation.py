@@ -119,11 +119,14 @@ def distance_to(reference: Samples, network: nn.Module) -> Callable[[Tensor, Seq
     """
     target = features.extract(network, reference.images)
     cells = list(zip(reference.table["subject"], reference.table["label"].astype(int), strict=True))
+    known = set(cells)
 
     def score(images: Tensor, subjects: Sequence[str], labels: Tensor) -> dict[str, float]:
-        own = cells_or_labels(list(zip(subjects, labels.tolist(), strict=True)), cells)
+        asked = list(zip(subjects, labels.tolist(), strict=True))
+        rows = [k for k, cell in enumerate(asked) if cell in known]
         try:
-            return {"kid_rejection": metrics.kid(features.extract(network, pixels(images)), target, own)}
+            pair = cells_or_labels([asked[k] for k in rows], cells)
+            return {"kid_rejection": metrics.kid(features.extract(network, pixels(images[rows])), target, pair)} if rows else {}
         except ValueError:  # a trial run's few images
             return {}
 

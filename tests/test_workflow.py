@@ -75,6 +75,14 @@ def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
 
 
+def test_the_comparison_of_trainers_trains_each_recipe_with_each_seed(repository):
+    jobs = plan(repository, "trainers")
+    assert jobs["finetune"] == jobs["evaluate_val"] == 12  # four recipes, three seeds
+    assert jobs["sample_val"] == 13 and jobs["compare_trainers"] == 1  # and the reference
+    few = plan(repository, "trainers", "--configfile", "config/smoke.yaml")
+    assert few["finetune"] == 6 and set(few) == set(jobs)
+
+
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
     done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
     assert done.returncode == 0, done.stdout
