@@ -123,10 +123,11 @@ def distance_to(reference: Samples, network: nn.Module) -> Callable[[Tensor, Seq
 
     def score(images: Tensor, subjects: Sequence[str], labels: Tensor) -> dict[str, float]:
         asked = list(zip(subjects, labels.tolist(), strict=True))
-        rows = [k for k, cell in enumerate(asked) if cell in known]
+        if not (rows := [k for k, cell in enumerate(asked) if cell in known]):
+            return {}
         try:
             pair = cells_or_labels([asked[k] for k in rows], cells)
-            return {"kid_rejection": metrics.kid(features.extract(network, pixels(images[rows])), target, pair)} if rows else {}
+            return {"kid_rejection": metrics.kid(features.extract(network, pixels(images[rows])), target, pair)}
         except ValueError:  # a trial run's few images
             return {}
 

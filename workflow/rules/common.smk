@@ -74,7 +74,7 @@ CODE = {
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
-    "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers tables figures/trainers figures/style oracles")],
+    "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
