@@ -19,6 +19,7 @@ include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/strength.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/trainers.smk"
 include: "workflow/rules/mixture.smk"
 
 

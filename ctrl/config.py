@@ -41,6 +41,10 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     if label["factors"]:
         label["num_classes"] = math.prod(factor["num_classes"] for factor in label["factors"])
     check_across(config, where)
+    check_sizes(config, where)
+    if unknown := set(config["trainers"]["recipes"]) - {"ctrl", *config["adapters"]}:
+        known = ", ".join(["ctrl", *config["adapters"]])
+        raise UserError(f"{where}: trainers.recipes has {min(unknown)}; the recipes are {known}")
     for name in config["adapters"]:
         variant = for_adapter(config, name)
         check(variant, schema, f"{where}, with adapters.{name} laid over finetune")
@@ -99,13 +103,11 @@ def check_across(config: dict, where: str = "config") -> None:
     """Raises UserError where two keys that are fine alone contradict each other."""
     check_mixture(config, where)
     check_factors(config["label"], where)
-    dataset, finetune, num_steps = config["dataset"], config["finetune"], config["sampler"]["num_steps"]
+    dataset, finetune = config["dataset"], config["finetune"]
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:
         raise UserError(f"{where}: sampler.eta is {config['sampler']['eta']}; with sampler.spacing quadratic it must be 1")
-    if finetune["truncation"] and finetune["truncation"][1] > num_steps:
-        raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
         raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
     reuse, every = finetune["policy_gradient"]["reuse"], finetune["checkpoint_every"]
@@ -117,6 +119,16 @@ def check_across(config: dict, where: str = "config") -> None:
     softening = finetune["temperature"]
     if softening["hold"] > softening["end"]:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")
+
+
+def check_sizes(config: dict, where: str = "config") -> None:
+    """Raises UserError where the section finetune is at odds with itself or the sampler in size.
+
+    Recipes of adapters are there for every config: their truncation ends with the steps there are, their last micro-batch may be smaller.
+    """
+    finetune, num_steps = config["finetune"], config["sampler"]["num_steps"]
+    if finetune["truncation"] and finetune["truncation"][1] > num_steps:
+        raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
 

@@ -15,7 +15,7 @@ from ctrl.data import load_images, measured_labels
 from ctrl.errors import UserError
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Factors, factors_of
-from ctrl.oracles import distance_to_bin, get_oracle
+from ctrl.oracles import distance_to_bin, get_oracle, pixels
 
 COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
 COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
@@ -96,15 +96,42 @@ def number_cells(samples: Samples, reference: Samples) -> tuple[Tensor, Tensor]:
     if torch.isin(samples.seeds, reference.seeds).any():
         raise UserError(f"{samples.folder} and {reference.folder} share seeds; draw the reference with another --seed-offset")
     keys = [list(zip(s.table["subject"], s.table["label"].astype(int), strict=True)) for s in (samples, reference)]
-    numbers = {cell: i for i, cell in enumerate(sorted(set(keys[0]) | set(keys[1])))}
     for number, (own, other) in enumerate((keys, keys[::-1])):
         if lost := set(own) - set(other):
             here, there = (samples.folder, reference.folder)[:: 1 - 2 * number]
             subject, label = min(lost)
             raise UserError(f"{here} has images of {subject!r} with label {label}, {there} has none; draw both with the same cells")
-    own, right = (torch.tensor([numbers[cell] for cell in key]) for key in keys)
-    pairs = (torch.bincount(own, minlength=len(numbers)) >= 2) & (torch.bincount(right, minlength=len(numbers)) >= 2)
-    return (own, right) if pairs.double().mean() >= 0.5 else (samples.labels, reference.labels)
+    return cells_or_labels(*keys)
+
+
+def cells_or_labels(own: Sequence[tuple[str, int]], other: Sequence[tuple[str, int]]) -> metrics.Pair:
+    """The number of each (subject, label) in two sets, alike in both; of the label alone where few have two images in both sets."""
+    numbers = {cell: i for i, cell in enumerate(sorted(set(own) | set(other)))}
+    x, y = (torch.tensor([numbers[cell] for cell in cells]) for cells in (own, other))
+    pairs = (torch.bincount(x, minlength=len(numbers)) >= 2) & (torch.bincount(y, minlength=len(numbers)) >= 2)
+    return (x, y) if pairs.double().mean() >= 0.5 else tuple(torch.tensor([label for _, label in cells]) for cells in (own, other))
+
+
+def distance_to(reference: Samples, network: nn.Module) -> Callable[[Tensor, Sequence[str], Tensor], dict[str, float]]:
+    """`score(images, subjects, labels)`: kid_rejection of images in [-1, 1] with shape (N, 3, H, W) to the rejection samples `reference`.
+
+    Labels that leave a factor free have no cell in the reference, and are left out; without two images in any cell there is no figure.
+    """
+    target = features.extract(network, reference.images)
+    cells = list(zip(reference.table["subject"], reference.table["label"].astype(int), strict=True))
+    known = set(cells)
+
+    def score(images: Tensor, subjects: Sequence[str], labels: Tensor) -> dict[str, float]:
+        asked = list(zip(subjects, labels.tolist(), strict=True))
+        if not (rows := [k for k, cell in enumerate(asked) if cell in known]):
+            return {}
+        try:
+            pair = cells_or_labels([asked[k] for k in rows], cells)
+            return {"kid_rejection": metrics.kid(features.extract(network, pixels(images[rows])), target, pair)}
+        except ValueError:  # a trial run's few images
+            return {}
+
+    return score
 
 
 def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: dict, config: dict, seed: int = 0) -> dict:

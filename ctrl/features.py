@@ -127,16 +127,21 @@ def load_clip(name: str = CLIP_DEFAULT[0], pretrained: str | None = CLIP_DEFAULT
 
 
 @torch.no_grad()
+def extract(network: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Features (N, D) of uint8 images (N, 3, H, W), in batches, on the CPU."""
+    return torch.cat([network.features(part.to(network.device).float() / 127.5 - 1).float().cpu() for part in images.split(batch_size)])
+
+
+@torch.no_grad()
 def compute(
     network: nn.Module, images: Tensor, subjects: Sequence[str], prompts: Sequence[str], batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) and prompt scores (N,) of uint8 images (N, 3, H, W), in batches, on the CPU."""
-    features, scores = [], []
+    scores = []
     for i in range(0, len(images), batch_size):
         batch = images[i : i + batch_size].to(network.device).float() / 127.5 - 1
-        features.append(network.features(batch).float().cpu())
         scores.append(network.prompt_scores(batch, subjects[i : i + batch_size], prompts[i : i + batch_size]))
-    return torch.cat(features), torch.cat(scores)
+    return extract(network, images, batch_size), torch.cat(scores)
 
 
 def augment(images: Tensor, generator: torch.Generator, max_shift: int = 2, erase_probability: float = 0.1) -> Tensor:

@@ -110,6 +110,16 @@ def read_json(path: Path | str) -> object:
         raise _corrupt(path, error) from error
 
 
+def read_rows(path: Path | str) -> list[dict]:
+    """What a JSON-lines file holds; UserError where it is missing or corrupt."""
+    path = Path(path)
+    _require_file(path)
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise _corrupt(path, error) from error
+
+
 def read_parquet(path: Path | str) -> pd.DataFrame:
     """The table in a parquet file; UserError where it is missing or corrupt."""
     path = Path(path)

@@ -36,8 +36,12 @@ def get_oracle(name: str) -> Callable[[Image.Image], float]:
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """RGB pictures of 256 levels from a tensor in [-1, 1] with shape (B, 3, H, W); values outside are clamped."""
-    pixels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(p) for p in pixels(images).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """256 levels, uint8, of a tensor in [-1, 1]; values outside are clamped."""
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def check_edges(edges: Sequence[float]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What an update costs each trainer, and the published recipe: seconds, UNet passes, peak memory, each measured in a process of its own.
 
 Updates differ in their number of trajectories, and in how much they teach: `speedup_vs_published` compares the seconds of an update alone.
+What decides memory beside the trainer, the trajectories at a time and gradient checkpointing, is the same for all: the published recipe's.
 """
 
 import argparse
@@ -14,21 +15,15 @@ from pathlib import Path
 from ctrl import classifier as classifiers
 from ctrl import errors
 from ctrl.config import for_adapter, merge
+from ctrl.costs import PUBLISHED, to_markdown, with_ratios
+from ctrl.figures import trainers as figures
 from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
 from ctrl.io import read_json, write_text
 from ctrl.labels import Factors
-from scripts.common import ROOT, add_config_argument, load_config
-from scripts.loading import load_base, load_cells, log_prob_of_latents, new_control
-
-PUBLISHED = "published"  # the preset that the others are compared with
-COLUMNS = {  # of the printed table: what a row's key is called there, and how it is written
-    "name": ("recipe", "{}"), "trainer": ("trainer", "{}"), "num_steps": ("steps", "{}"), "batch_size": ("trajectories an update", "{}"),
-    "seconds_per_update": ("s / update", "{:.2f}"), "seconds_per_trajectory": ("s / trajectory", "{:.4f}"),
-    "unet_forward": ("forward / update", "{:.0f}"), "unet_backward": ("backward / update", "{:.0f}"),
-    "peak_memory_mb": ("peak memory / MB", "{:.0f}"), "memory_before_mb": ("of it before training", "{:.0f}"),
-    "speedup_vs_published": ("speedup vs published", "{:.2f}"), "memory_vs_published": ("memory ÷ published", "{:.2f}"),
-}  # fmt: skip
+from ctrl.measure import timed_updates
+from scripts.common import add_config_argument, load_config
+from scripts.loading import load_base, load_cells, new_control, reward_of_latents
 
 
 def parse() -> argparse.Namespace:
@@ -41,28 +36,39 @@ def parse() -> argparse.Namespace:
         "--adapters", nargs="+", default=["ctrl", "ctrl_adjoint"], metavar="NAME",
         help="recipes to measure beside the published one: ctrl, or a name under the config's `adapters` (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--updates", type=int, default=4, help="timed updates, spread over the whole training (default: %(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=4,
+        help="timed draws of trajectories, each with all updates that learn from it, spread over the training (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--num-steps", type=int, nargs="+", metavar="N", help="sampling steps to measure at (default: the config's)")
-    parser.add_argument("--micro-batch-size", type=int, help="trajectories at a time (default: the config's)")
+    parser.add_argument("--micro-batch-size", type=int, help="trajectories at a time, of every recipe (default: the published one's)")
+    parser.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="of every recipe (default: as the published one has it)"
+    )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="PNG to draw: memory by training against the number of steps")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too; - prints them instead of the table")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
 
 
 def recipes(args: argparse.Namespace) -> dict[str, dict]:
-    """The configuration of each recipe, the published one last."""
+    """The configuration of each recipe, the published one last; all with the same trajectories at a time and gradient checkpointing."""
     config = load_config(args)
     for name in args.adapters:
         if name != "ctrl" and name not in config["adapters"]:
             raise errors.UserError(f"--adapters: no recipe {name!r}; the config has {', '.join(['ctrl', *config['adapters']])}")
         if for_adapter(config, name)["finetune"]["trainer"] == "supervised":
             raise errors.UserError(f"--adapters: {name} learns from labelled images, not from trajectories: there is nothing to compare")
-    published = load_config(argparse.Namespace(config=[*args.config, ROOT / "config" / "published.yaml"]))
-    return {name: for_adapter(config, name) for name in args.adapters} | {PUBLISHED: published}
+    found = {name: for_adapter(config, name) for name in dict.fromkeys([*args.adapters, PUBLISHED])}
+    shared = {key: found[PUBLISHED]["finetune"][key] for key in ("micro_batch_size", "gradient_checkpointing")}
+    shared |= {key: getattr(args, key) for key in shared if getattr(args, key) is not None}
+    smallest = min(one["finetune"]["batch_size"] for one in found.values())
+    shared["micro_batch_size"] = min(shared["micro_batch_size"], smallest)  # more at a time than there are would be fewer for one
+    return {name: merge(one, {"finetune": shared}) for name, one in found.items()}
 
 
 def measure(config: dict, args: argparse.Namespace) -> dict:
-    """The cost of an update, on average over `args.updates` of them, after a small one that is not timed."""
+    """The cost of an update, on average over `timed_updates`, after a small one that is not timed."""
     settings = config["finetune"]
     base, process = load_base(config, args.num_threads)
     classifier = classifiers.load(args.classifier).to(base.device)
@@ -71,10 +77,10 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
     control = new_control(base, process, space, config)
     templates, guidance_scale = config["prompts"]["templates"]["train"], config["sampler"]["guidance_scale"]
     task = Task(control, process, cells, templates, guidance_scale, config["seed"])
-    log_prob, small = log_prob_of_latents(base, classifier), settings | {"batch_size": settings["micro_batch_size"]}
+    log_prob = reward_of_latents(base, settings["trainer"], classifier, args.dataset, space)
+    small = settings | {"batch_size": settings["micro_batch_size"]}
     warm_up, gradient = gradient_function(task, log_prob, small), gradient_function(task, log_prob, settings)
-    # In the middle of equal parts of the training, so that its short and its long steps count with their shares.
-    numbers = [0, *(int((k + 0.5) / args.updates * settings["num_updates"]) for k in range(args.updates))]
+    numbers = [0, *timed_updates(settings, args.updates)]
     before = base.peak_memory_mb()
     with tempfile.TemporaryDirectory() as folder:
         history = loop.run(
@@ -107,35 +113,21 @@ def measure_alone(name: str, config: dict, args: argparse.Namespace) -> dict:
         raise errors.UserError(f"{name} at {steps} steps was killed, perhaps for its memory; lower --micro-batch-size") from error
 
 
-def with_ratios(rows: list[dict]) -> list[dict]:
-    """Each row with its ratios to the published recipe at the same number of steps."""
-    published = {row["num_steps"]: row for row in rows if row["name"] == PUBLISHED}
-    return [
-        row
-        | {
-            "speedup_vs_published": published[row["num_steps"]]["seconds_per_update"] / row["seconds_per_update"],
-            "memory_vs_published": row["peak_memory_mb"] / published[row["num_steps"]]["peak_memory_mb"],
-        }
-        for row in rows
-    ]
-
-
 def main() -> None:
     args = parse()
-    if min([args.updates, *(args.num_steps or [])]) < 1:
-        raise errors.UserError("--updates and --num-steps must be 1 or more")
-    rows = []
+    if min(args.updates, *(args.num_steps or [1]), 1 if args.micro_batch_size is None else args.micro_batch_size) < 1:
+        raise errors.UserError("--updates, --num-steps and --micro-batch-size must be 1 or more")
+    found, rows = recipes(args), []
     for num_steps in args.num_steps or [None]:
-        for name, config in recipes(args).items():
-            changes = {"sampler": {"num_steps": num_steps}} if num_steps else {}
-            changes |= {"finetune": {"micro_batch_size": args.micro_batch_size}} if args.micro_batch_size else {}
-            rows.append(measure_alone(name, merge(config, changes), args))
-    result = {"device": rows[0]["device"], "updates": args.updates, "recipes": with_ratios(rows)}
+        for name, config in found.items():
+            rows.append(measure_alone(name, merge(config, {"sampler": {"num_steps": num_steps}} if num_steps else {}), args))
+    shared = {key: found[PUBLISHED]["finetune"][key] for key in ("micro_batch_size", "gradient_checkpointing")}
+    result = {"device": rows[0]["device"], "updates": args.updates, **shared, "recipes": with_ratios(rows)}
     if args.json != "-":
-        print(f"{result['device']}, {args.updates} updates each\n\n| " + " | ".join(title for title, _ in COLUMNS.values()) + " |")
-        print("| --- | --- |" + " ---: |" * (len(COLUMNS) - 2))
-        for row in result["recipes"]:
-            print("| " + " | ".join(form.format(row[key]) for key, (_, form) in COLUMNS.items()) + " |")
+        how = f"{shared['micro_batch_size']} trajectories at a time, gradient checkpointing {shared['gradient_checkpointing']}"
+        print(f"{result['device']}, {args.updates} draws of trajectories each; every recipe with {how}\n\n{to_markdown(result['recipes'])}")
+    if args.figure:
+        figures.memory_by_steps(result["recipes"], args.figure)
     text = json.dumps(result, indent=2) + "\n"
     if args.json == "-":
         print(text, end="")

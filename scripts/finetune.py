@@ -4,25 +4,27 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ctrl import classifier as classifiers
 from ctrl import control as controls
-from ctrl import errors
+from ctrl import errors, evaluation, features
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.base import Base
 from ctrl.config import for_adapter
 from ctrl.data import load_images
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Examples, Task, train
+from ctrl.finetune.recipe import Examples, Task, probe_function, train
 from ctrl.io import read_json, read_parquet
-from ctrl.labels import Factors
+from ctrl.labels import Factors, factors_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import agreement_of_latents, load_base, load_oracle, load_training_cells, log_prob_of_latents, new_control
+from scripts.loading import load_base, load_oracle, load_training_cells, new_control, reward_of_latents
 
 
 def parse() -> argparse.Namespace:
@@ -37,6 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels and the probe's oracle")
+    parser.add_argument(
+        "--reference", type=Path, help="folder of rejection samples on validation prompts: the probe then also gives kid_rejection"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter; a checkpoint in it is resumed")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
@@ -53,6 +58,16 @@ def load_examples(base: Base, dataset: Path) -> Examples:
     table = table[table["split"] == "train"]
     latents = base.encode_images(load_images(table["path"]) / 127.5 - 1)
     return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
+
+
+def distance_function(args: argparse.Namespace, config: dict) -> Callable[..., dict[str, float]]:
+    """`score(images, subjects, labels)` against --reference; no figure without one."""
+    if not args.reference:
+        return lambda *_: {}
+    report = read_json(args.dataset / "report.json")
+    oracles = [factor["oracle"] for factor in factors_of(report)]
+    reference = evaluation.load_samples(args.reference, oracles, report["num_classes"])
+    return evaluation.distance_to(reference, features.load(config["evaluation"]["features"]))
 
 
 def main() -> None:
@@ -75,15 +90,17 @@ def main() -> None:
         flush=True,
     )
 
-    oracle, black_box = load_oracle(args.dataset), settings["trainer"] == "policy_gradient"
-    log_prob = agreement_of_latents(base, oracle, space) if black_box else log_prob_of_latents(base, classifier)
+    oracle, distance = load_oracle(args.dataset), distance_function(args, config)
 
-    def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        return {"oracle_accuracy": float(space.covers[labels, torch.tensor(oracle(images))].double().mean())}
+    def score(images: torch.Tensor, subjects: list[str], labels: torch.Tensor) -> dict[str, float]:
+        accuracy = float(space.covers[labels, torch.tensor(oracle(images))].double().mean())
+        return {"oracle_accuracy": accuracy} | distance(images, subjects, labels)
 
+    log_prob = reward_of_latents(base, settings["trainer"], classifier, args.dataset, space)
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     classifier_config = (args.classifier / "config.json").read_text()
-    identity = digest(settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], classifier_config)
+    probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
+    identity = digest(settings, sampler, templates["train"], templates["val"], cells, base.fingerprint(), config["seed"], classifier_config)
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
 
@@ -91,7 +108,7 @@ def main() -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
         examples = load_examples(base, args.dataset) if settings["trainer"] == "supervised" else None
-        history = train(task, log_prob, score, settings, args.output, identity, [track], examples)
+        history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

@@ -92,6 +92,15 @@ def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray], spa
     return agreement
 
 
+def reward_of_latents(
+    base: Base, trainer: str, classifier: classifiers.Classifier | classifiers.Product, dataset: Path, space: Factors
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """What `trainer` climbs: the oracle's agreement for policy gradients, else the classifier's log p̂."""
+    if trainer == "policy_gradient":
+        return agreement_of_latents(base, load_oracle(dataset), space)
+    return log_prob_of_latents(base, classifier)
+
+
 def new_control(base: Base, process: Process, space: Factors, config: dict) -> Control:
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]

@@ -1,25 +1,16 @@
 """Draw the figures of the results: pictures of each method, sizes by label, confusion matrices, training curves, the teaser."""
 
 import argparse
-import json
 from pathlib import Path
 
 from ctrl import errors
 from ctrl.evaluation import load_samples
 from ctrl.figures import curves, labels, pictures
 from ctrl.figures.style import method_name
-from ctrl.io import read_json
+from ctrl.io import read_json, read_rows
 from ctrl.labels import factors_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-
-
-def read_history(path: Path) -> list[dict]:
-    """The rows of a history.jsonl."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read: {error}; it is written by scripts/finetune.py") from error
 
 
 def main() -> None:
@@ -39,7 +30,7 @@ def main() -> None:
     asked = [(subject, label) for subject, label in cells["cells"]]
     samples = {folder.name: load_samples(folder, oracles, report["num_classes"]) for folder in args.samples}
     evaluations = [read_json(path) for path in args.evaluations]
-    histories = {path.parent.name: read_history(path) for path in args.history}
+    histories = {path.parent.name: read_rows(path) for path in args.history}
     written = []
 
     def path(name: str) -> Path:

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="the command that made the results")
     parser.add_argument("--strength", type=Path, help="CSV of scripts/compare_strengths.py, for the section on the strength dial")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="pictures to show")
+    parser.add_argument("--trainers", type=Path, help="Markdown of scripts/compare_trainers.py, to be part of the page")
     parser.add_argument("--captions", type=Path, default=Path("workflow/report"), help="folder of captions (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args()
@@ -61,6 +62,10 @@ def main() -> None:
     origin.append(f"Sampled on: {devices(args.samples)}." + (f" Trained on: {devices(args.adapters)}." if args.adapters else ""))
     if changed := methods_page.differences(config, defaults):
         origin.append(f"Settings that are not those of `config/config.yaml`: {', '.join(f'`{line}`' for line in changed)}.")
+    if args.trainers and not args.trainers.exists():
+        raise errors.UserError(f"--trainers: {args.trainers} is missing; write it with scripts/compare_trainers.py")
+    if args.trainers:
+        sections.append(f"## The trainers compared\n\n{args.trainers.read_text()}")
     figures = [captioned(path, args.captions, args.output, config) for path in args.figures]
     write_text(args.output, methods_page.page(methods, table, config, origin, figures, sections))
 

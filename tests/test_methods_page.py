@@ -72,6 +72,10 @@ def test_the_page_lists_what_was_not_run_and_its_tables_are_tables():
     assert "| `ctrl` | 64 | 0.875 [0.855, 0.895] |" in text and "![A.](a.png)" in text
     block = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in block[: len(METHODS) + 2]} == {7}
+    with_trainers = methods_page.page(
+        METHODS, pd.DataFrame([row("ctrl", 0.9)]), CONFIG, [], sections=["## The trainers compared\n\nTwo trainers.\n"]
+    )
+    assert "## The trainers compared\n\nTwo trainers.\n" in with_trainers and "trainers compared" not in text
     complete = pd.DataFrame([row(name, 0.5) for name in METHODS["method"]])
     assert "Not run" not in methods_page.page(METHODS, complete, CONFIG, [])
 

@@ -30,7 +30,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "train_garments": {"ctrl/labels.py", "ctrl/oracles.py"},
     "unpack_images": {"ctrl/labels.py", "ctrl/oracles.py"},
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
-    "finetune": {"ctrl/metrics.py", "ctrl/noisy.py", *SAMPLERS},
+    "finetune": {*(f"ctrl/{name}.py" for name in ("evaluation", "features", "metrics", "noisy")), *SAMPLERS},  # the probe is no part of it
     "train_noisy_classifier": {
         *(
             f"ctrl/{name}.py"
@@ -45,6 +45,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "plot_figures": {"ctrl/figures/__init__.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/figures/__init__.py"},
     "compare_strengths": {"ctrl/figures/__init__.py"},
+    "compare_trainers": {"ctrl/figures/__init__.py"},
 }
 
 
@@ -84,6 +85,14 @@ def test_every_strength_is_drawn_from_one_adapter(repository):
     assert found["ctrl_strength0"] == ("ctrl", "0") and found["ctrl_strength1.5"] == ("ctrl", "1.5") and found["ctrl"] == ("ctrl", "1")
     assert found["ctrl_gamma3_strength0.5"] == ("ctrl_gamma3", "0.5")
     assert "ctrl_strength1" not in found, "that is ctrl itself"
+
+
+def test_the_comparison_of_trainers_trains_each_recipe_with_each_seed(repository):
+    jobs = plan(repository, "trainers")
+    assert jobs["finetune"] == jobs["evaluate_val"] == 12  # four recipes, three seeds
+    assert jobs["sample_val"] == 13 and jobs["compare_trainers"] == 1  # and the reference
+    few = plan(repository, "trainers", "--configfile", "config/smoke.yaml")
+    assert few["finetune"] == 6 and set(few) == set(jobs)
 
 
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):

@@ -46,18 +46,17 @@ class Examples:
 
 
 def train(
-    task: Task, log_prob: LogProb, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
+    task: Task, log_prob: LogProb, probe: Callable[[int], dict[str, float]], config: dict, folder: Path, identity: str,
     on_row: Sequence[Callable[[dict], None]] = (), examples: Examples | None = None,
 ) -> list[dict]:  # fmt: skip
     """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
     `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable but for `policy_gradient`, to which it is a
-    black box; `score(images, labels)` the probe's figures. The trainer `supervised` learns from `examples`, the others from trajectories.
+    black box; `probe` is a `probe_function`. The trainer `supervised` learns from `examples`, the others from trajectories.
     """
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
     online = config["trainer"] != "supervised"
     gradient = gradient_function(task, log_prob, config) if online else supervised_gradient(task, examples, config["batch_size"])
-    probe = probe_function(task, score, config["probe"]["num_images"], config["micro_batch_size"])
     return loop.run(
         task.control.parameters(), optimizer_of(task.control, config), gradient, probe, num_updates, folder, config["max_grad_norm"],
         config["checkpoint_every"], config["probe"]["every"], identity, on_row,
@@ -162,6 +161,11 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     return counted(task.control, gradient)
 
 
+def updates_per_draw(config: dict) -> int:
+    """How many updates learn from the same trajectories: costs can be measured of all of these together."""
+    return config["policy_gradient"]["reuse"] if config["trainer"] == "policy_gradient" else 1
+
+
 def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop, by policy gradients; `reward(x_0, y, 1.0)` with shape (B,) is a black box.
 
@@ -226,11 +230,14 @@ def recomputed(denoiser: Callable) -> Callable:
 
 
 def probe_function(
-    task: Task, score: Callable[[Tensor, Tensor], dict[str, float]], num_images: int, batch_size: int
+    task: Task, score: Callable[[Tensor, Sequence[str], Tensor], dict[str, float]], num_images: int, batch_size: int
 ) -> Callable[[int], dict[str, float]]:
-    """`probe(update)`, for the loop: `score(images, labels)` of the same prompts, labels and noise each time."""
+    """`probe(update)`, for the loop: `score(images, subjects, labels)` of the same prompts, labels and noise each time.
+
+    Its random numbers are its own: the training does not depend on it.
+    """
     base, generator = task.control.base, torch.Generator().manual_seed(task.seed)
-    prompts, _, labels = draw(task.cells, task.templates, num_images, generator)
+    prompts, subjects, labels = draw(task.cells, task.templates, num_images, generator)
     noise = noise_of(torch.randint(2**62, (num_images,), generator=generator).tolist(), base.latent_shape, task.process.num_steps)
 
     def probe(update: int) -> dict[str, float]:
@@ -240,6 +247,6 @@ def probe_function(
             x_0 = sample(task.process, psi, noise[:, part].to(base.device))
             with torch.no_grad():
                 images.append(base.decode(x_0).clamp(-1, 1).cpu())
-        return score(torch.cat(images), labels)
+        return score(torch.cat(images), subjects, labels)
 
     return probe

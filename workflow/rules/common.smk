@@ -36,6 +36,7 @@ except UserError as error:
 RESULTS = f"results/{config['experiment']}"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 CORES = workflow._cores or 2  # on a cluster, this many
+TRAINED = [r if s == config["seed"] else f"{r}_seed{s}" for r in config["trainers"]["recipes"] for s in config["trainers"]["seeds"]]
 write_config(Path(RESULTS) / "config.json")
 
 
@@ -74,6 +75,7 @@ CODE = {
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
+    "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
@@ -117,7 +119,8 @@ def sweep_adapters() -> list[str]:
 def row_of(name: str) -> dict:
     """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3_strength2` CTRL so."""
     name, dialled = (name, {}) if name in METHODS else split_strength(name)
-    row = METHODS[recipe_of(name.removesuffix("_reference"))]
+    recipe = recipe_of(name.removesuffix("_reference"))
+    row = METHODS["ctrl" if recipe in config["adapters"].keys() - METHODS else recipe]
     return {**(METHODS.get(name) or {**row, "adapter": row["adapter"] and name}), **dialled}
 
 

@@ -1,6 +1,6 @@
 # What each method is given before it samples: an adapter, or a guidance scale.
 #
-# Needs  results/{experiment}/{dataset, classifier, cells.json}, the base model
+# Needs  results/{experiment}/{dataset, classifier, cells.json}, the base model; for distances the validation rejection samples
 # Makes  results/{experiment}/adapters/{adapter}  LoRA, label embedding, adapter.json, model card, history.jsonl
 #        results/{experiment}/tuning/{guidance}.json
 
@@ -13,6 +13,8 @@ rule finetune:
         classifier="results/{experiment}/classifier/model.safetensors",
         cells="results/{experiment}/cells.json",
         report="results/{experiment}/dataset/report.json",
+        features=files_of(config["evaluation"]["features"]),
+        reference=ancient("results/{experiment}/samples_val/rejection/samples.parquet"),  # of the probe alone: no reason to train again
     output:
         lora="results/{experiment}/adapters/{adapter}/pytorch_lora_weights.safetensors",
         embedding="results/{experiment}/adapters/{adapter}/label_embedding.safetensors",
@@ -29,9 +31,12 @@ rule finetune:
         runtime=720,
     params:
         config="results/{experiment}/config.json",
-        depends=lambda wildcards: sections("seed", "base", "sampler", "prompts.templates.train", "finetune", adapter=wildcards.adapter),
+        depends=lambda wildcards: sections(
+            "seed", "base", "sampler", "prompts.templates.train", "prompts.templates.val", "finetune", adapter=wildcards.adapter
+        ),
         classifier="results/{experiment}/classifier",
         dataset="results/{experiment}/dataset",
+        reference="results/{experiment}/samples_val/rejection",
         output="results/{experiment}/adapters/{adapter}",
     shell:
         """
@@ -41,6 +46,7 @@ rule finetune:
             --classifier {params.classifier:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \
+            --reference {params.reference:q} \
             --output {params.output:q} \
             --num-threads {threads} 2>&1 | tee {log:q}
         """
