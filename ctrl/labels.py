@@ -154,6 +154,11 @@ class Factors:
             code = code * f.num_classes + y
         return code
 
+    def freed(self, codes: Tensor, free: Tensor) -> Tensor:
+        """The codes, int64 (B,), of what is left of `codes` with shape (B,) where the factors in `free`, bool (B, F), are left free."""
+        left = torch.where(free, -1, self.parts[codes])
+        return (left[:, None] == self.parts).all(2).int().argmax(1)
+
     def label(self, code: int) -> int | None | list[int | None]:
         """What a user writes for `code`: with one factor an integer, otherwise a list with None where a factor is free."""
         parts = [None if y < 0 else y for y in self.parts[code].tolist()]

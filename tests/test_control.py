@@ -234,3 +234,16 @@ def test_several_factors_start_as_the_base_and_a_free_one_has_no_say(tiny_sd, ba
     assert loaded.space == PAIR and loaded.null == 6
     drawn = sample(process, control.denoiser(process, PROMPTS, labels), noise)
     assert torch.equal(sample(process, loaded.denoiser(process, PROMPTS, labels), noise), drawn)
+
+
+@pytest.mark.parametrize("label", [(1, None), (None, 2), (0, 1)])
+def test_label_guidance_takes_a_label_that_leaves_a_factor_free(base, process, noise, label):
+    control = Control(base, PAIR, 4, ["to_q", "to_v", "conv1"])
+    scramble(control)
+    with torch.no_grad():
+        base.unet.class_embedding.weight[-1] = 0
+        codes = PAIR.check([label] * 3)
+        free, labelled = (control.denoiser(process, PROMPTS, y)(noise[0], 0) for y in (PAIR.check([None] * 3), codes))
+        guided = control.guided_denoiser(process, PROMPTS, codes, 2.5)(noise[0], 0)
+    assert torch.allclose(guided, free + 2.5 * (labelled - free), atol=1e-4)
+    assert not torch.allclose(free, labelled, atol=1e-2)

@@ -60,6 +60,12 @@ def test_codes_are_combinations_then_the_null_then_what_leaves_a_factor_free():
     assert PAIR.codes([torch.tensor([0, 1]), torch.tensor([2, 1])]).tolist() == [2, 4]
 
 
+def test_a_code_with_a_factor_freed_is_that_of_the_others():
+    codes = PAIR.check([(1, 2), (1, 2), (1, 2), (1, 2), (None, 0)])
+    free = torch.tensor([[False, False], [True, False], [False, True], [True, True], [True, False]])
+    assert torch.equal(PAIR.freed(codes, free), PAIR.check([(1, 2), (None, 2), (1, None), None, (None, 0)]))
+
+
 def test_one_factor_is_the_categorical_label():
     one = Factors((SPACE,), ("size",))
     assert (one.num_classes, one.null, one.num_codes, one.partial) == (4, 4, 5, [])

@@ -19,7 +19,7 @@ from ctrl.process import Denoiser, Process
 from ctrl.sampling import noise_of, sample
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
-LABEL_DROPOUT = 0.1  # of supervised fine-tuning, so that it also learns what no label means
+LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
 Cells = Sequence[tuple[str, int]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -201,14 +201,17 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
 
 
 def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Callable[[int], dict[str, float]]:
-    """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022)."""
+    """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022).
+
+    With several factors each is dropped by itself: guidance is asked for labels that leave some of them free, too.
+    """
     control, process = task.control, task.process
 
     def gradient(update: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
         chosen = torch.randint(len(examples.labels), (batch_size,), generator=generator)
-        y = examples.labels[chosen]
-        y[torch.rand(batch_size, generator=generator) < LABEL_DROPOUT] = control.null
+        dropped = torch.rand(len(control.space.factors), batch_size, generator=generator) < LABEL_DROPOUT
+        y = control.space.freed(examples.labels[chosen], dropped.T)
 
         def denoiser_of(process: Process, rows: Tensor) -> Callable:
             return control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
