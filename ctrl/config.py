@@ -112,8 +112,14 @@ def read_methods(path: str, schema: dict) -> dict[str, dict]:
 
 
 def check_scales(methods: dict[str, dict], tuning: dict) -> dict[str, dict]:
-    """The rows of methods.tsv, by the method's name; UserError where one has no scales in the section `tuning`, or scales have no row."""
+    """The rows of methods.tsv, by the method's name; UserError where one has no scales in the section `tuning`, or scales have no row.
+
+    A guidance is tuned once, on the row that bears its name; further rows of the same guidance take that scale.
+    """
     tuned = {row["guidance"]: name for name, row in methods.items() if row["family"] in ("guidance", "cfg")}
+    if nameless := [name for name in tuned if methods.get(name, {}).get("guidance") != name]:
+        name = min(nameless)
+        raise UserError(f"config/methods.tsv, method {tuned[name]}: there is no row {name} to tune its guidance on; give it that name")
     if missing := tuned.keys() - tuning.keys():
         name = min(missing)
         raise UserError(f"config/methods.tsv, method {tuned[name]}: no scales to try; add tuning.{name}: {{scale: [...]}} to the config")
