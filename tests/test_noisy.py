@@ -98,6 +98,7 @@ def test_script_measures_every_step_of_the_sampler(tiny_sd, tmp_path, monkeypatc
     for path, image in zip(paths, oracles.to_pil(pixels), strict=True):
         image.save(path)
     table = pd.DataFrame({"path": paths, "split": ["train", "train", "val", "calibration"] * 10, "label": [0, 1, 1, 0] * 10})
+    table.loc[40] = [str(tmp_path / "never_read.png"), "held_out", 1]
     io.write_parquet(tmp_path / "dataset" / "metadata.parquet", table)
     io.write_json(tmp_path / "dataset" / "report.json", {"num_classes": 2})
     io.write_json(
