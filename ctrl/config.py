@@ -67,6 +67,11 @@ def for_adapter(config: dict, name: str) -> dict:
     return merge(config, changes)
 
 
+def needs_classifier(config: dict) -> bool:
+    """Whether the trainer of `config` learns from p(y | x): not from the oracle's own answer, nor from the labelled images alone."""
+    return config["finetune"]["trainer"] in ("backprop", "adjoint")
+
+
 def check(config: dict, schema: dict, where: str = "config") -> None:
     """Raises UserError for the first mistake: the dotted key, its value, the nearest known name of an unknown key, what is allowed.
 

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.base import Base
-from ctrl.config import for_adapter
+from ctrl.config import for_adapter, needs_classifier
 from ctrl.data import load_images
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Examples, Task, train
+from ctrl.finetune.recipe import Examples, LogProb, Task, train
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Factors
 from ctrl.tracking import run
@@ -34,7 +35,7 @@ def parse() -> argparse.Namespace:
         help="name of the adapter: a recipe (what the config's `adapters` says of it holds) and what it varies, such as ctrl_gamma3_seed1 "
         "(default: %(default)s)",
     )
-    parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--classifier", type=Path, help="folder of the classifier, for the trainers backprop and adjoint")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels and the probe's oracle")
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter; a checkpoint in it is resumed")
@@ -47,6 +48,11 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def contents(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
 def load_examples(base: Base, dataset: Path) -> Examples:
     """The labelled images that the classifier was trained on, as latents."""
     table = read_parquet(dataset / "metadata.parquet")
@@ -55,19 +61,34 @@ def load_examples(base: Base, dataset: Path) -> Examples:
     return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
 
 
+def learned_from(
+    base: Base, oracle: Callable, space: Factors, trainer: str, args: argparse.Namespace
+) -> tuple[LogProb | None, Examples | None, list[Path]]:
+    """What a trainer learns from: the oracle's agreement, labelled images, or log p̂(y | x); and the files whose content decides on it."""
+    report = args.dataset / "report.json"
+    if trainer == "policy_gradient":
+        return agreement_of_latents(base, oracle, space), None, [report]
+    if trainer == "supervised":
+        return None, load_examples(base, args.dataset), [report, args.dataset / "metadata.parquet"]
+    classifier = classifiers.load(args.classifier).to(base.device)
+    if space.num_classes != classifier.num_classes:
+        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+    return log_prob_of_latents(base, classifier), None, [args.classifier / "config.json"]
+
+
 def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
     settings, sampler, templates = config["finetune"], config["sampler"], config["prompts"]["templates"]
     if not settings["gamma"] > 0:
         raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
+    if needs_classifier(config) and not args.classifier:
+        raise errors.UserError(f"finetune.trainer is {settings['trainer']}: it also needs --classifier")
     base, process = load_base(config, args.num_threads)
-    classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells)
+    cells = load_training_cells(args.cells)
     space = Factors.from_report(read_json(args.dataset / "report.json"))
     if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
-    if space.num_classes != classifier.num_classes:
-        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
@@ -75,22 +96,20 @@ def main() -> None:
         flush=True,
     )
 
-    oracle, black_box = load_oracle(args.dataset), settings["trainer"] == "policy_gradient"
-    log_prob = agreement_of_latents(base, oracle, space) if black_box else log_prob_of_latents(base, classifier)
+    oracle = load_oracle(args.dataset)
+    log_prob, examples, files = learned_from(base, oracle, space, settings["trainer"], args)
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         return {"oracle_accuracy": float(space.covers[labels, torch.tensor(oracle(images))].double().mean())}
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
-    classifier_config = (args.classifier / "config.json").read_text()
-    identity = digest(settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], classifier_config)
+    identity = digest(settings, sampler, templates["train"], cells, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
 
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
-        examples = load_examples(base, args.dataset) if settings["trainer"] == "supervised" else None
         history = train(task, log_prob, score, settings, args.output, identity, [track], examples)
         figures = {
             "name": args.name,

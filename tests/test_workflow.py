@@ -74,6 +74,15 @@ def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     assert {"plot_sweep", "plot_figures", "plot_figures_paper"} <= set(jobs)
 
 
+def test_only_a_trainer_that_learns_from_the_classifier_is_given_it(repository):
+    adapters = [f"results/compressibility/adapters/{name}/adapter.json" for name in ("ctrl", "cfg_seed1", "ctrl_policy_gradient")]
+    done = snakemake(repository, "-n", "-p", "--cores", "2", *adapters)
+    assert done.returncode == 0, done.stdout
+    commands = re.findall(r"python scripts/finetune\.py.*?--name (\w+)(.*?)--output", done.stdout, re.DOTALL)
+    given = {name: "--classifier results/compressibility/classifier " in rest for name, rest in commands}
+    assert given == {"ctrl": True, "cfg_seed1": False, "ctrl_policy_gradient": False}
+
+
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
     done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
     assert done.returncode == 0, done.stdout

@@ -46,13 +46,14 @@ class Examples:
 
 
 def train(
-    task: Task, log_prob: LogProb, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
+    task: Task, log_prob: LogProb | None, score: Callable[[Tensor, Tensor], dict[str, float]], config: dict, folder: Path, identity: str,
     on_row: Sequence[Callable[[dict], None]] = (), examples: Examples | None = None,
 ) -> list[dict]:  # fmt: skip
     """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
     `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable but for `policy_gradient`, to which it is a
-    black box; `score(images, labels)` the probe's figures. The trainer `supervised` learns from `examples`, the others from trajectories.
+    black box; `score(images, labels)` the probe's figures. The trainer `supervised` learns from `examples` (`log_prob` may be None), the
+    others from trajectories.
     """
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
     online = config["trainer"] != "supervised"

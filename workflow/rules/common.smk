@@ -13,7 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, for_adapter, read_methods, recipe_of, resolve
+from ctrl.config import UserError, check_scales, for_adapter, needs_classifier, read_methods, recipe_of, resolve
 
 
 def write_config(path: Path) -> None:
