@@ -149,8 +149,11 @@ def check_factors(label: dict, where: str) -> None:
         if len(y) != len(factors) or any(part >= factor["num_classes"] for part, factor in zip(y, factors, strict=True)):
             sizes = " x ".join(str(factor["num_classes"]) for factor in factors)
             raise UserError(f"{where}: label.held_out has {y}; a combination holds a label of each factor, and there are {sizes} labels")
-    if factors and len(label["held_out"]) >= label["num_classes"]:
-        raise UserError(f"{where}: label.held_out leaves no combination to learn from")
+    for k, factor in enumerate(factors):
+        for y in range(factor["num_classes"]):
+            combinations = label["num_classes"] // factor["num_classes"]
+            if sum(held[k] == y for held in label["held_out"]) >= combinations:
+                raise UserError(f"{where}: label.held_out has all {combinations} combinations of {names[k]} {y}: nothing could teach it")
 
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "methods")}

@@ -103,6 +103,10 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("label: {factors: [{oracle: brightness}]}", "label.factors"),
         ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0, 4]]}", "there are 4 x 4 labels"),
         ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0]]}", "a label of each factor"),
+        (
+            "label: {num_classes: 2, factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0, 1], [1, 1]]}",
+            "label.held_out has all 2 combinations of jpeg_size 1: nothing could teach it",
+        ),
         ("label: {factors: [{oracle: brightness}, {oracles: jpeg_size}]}", "label.factors.1.oracles"),
         ("[1, 2]", "must hold keys and values"),
         ("a: [", "no valid YAML"),
