@@ -107,6 +107,7 @@ def test_other_datasets(repository, kind, first):
     [
         ("finetune: {gama: 3}", "unknown key finetune.gama; did you mean finetune.gamma?"),
         ("finetune: {gamma: 0}", "finetune.gamma is 0; it must be a finite number above 0"),
+        ("dataset: {kind: folder, path: no/pictures}", "dataset.path is no/pictures; there is no such folder of images"),
         ("label: {edges: [3.0, 2.0]}", "label.edges is [3.0, 2.0]; it must be a list of 1 or more entries, in ascending order"),
     ],
 )

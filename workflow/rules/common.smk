@@ -28,6 +28,8 @@ def write_config(path: Path) -> None:
 try:
     SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
     config |= resolve(json.loads(json.dumps(config)), SCHEMAS["config"])
+    if config["dataset"]["kind"] == "folder" and not Path(config["dataset"]["path"]).is_dir():
+        raise UserError(f"config: dataset.path is {config['dataset']['path']}; there is no such folder of images")
     METHODS = check_scales(read_methods("config/methods.tsv", SCHEMAS["methods"]), config["tuning"])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
