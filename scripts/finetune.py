@@ -20,7 +20,7 @@ from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Examples, LogProb, Task, train
 from ctrl.io import read_json, read_parquet
-from ctrl.labels import Factors
+from ctrl.labels import Factors, check_distinct
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.loading import agreement_of_latents, load_base, load_oracle, load_training_cells, log_prob_of_latents, new_control
@@ -87,7 +87,7 @@ def main() -> None:
     base, process = load_base(config, args.num_threads)
     cells = load_training_cells(args.cells)
     space = Factors.from_report(read_json(args.dataset / "report.json"))
-    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
+    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
@@ -111,6 +111,7 @@ def main() -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
         history = train(task, log_prob, score, settings, args.output, identity, [track], examples)
+        check_distinct(space, base.unet.class_embedding.weight.detach(), str(args.output))
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

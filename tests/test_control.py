@@ -12,6 +12,7 @@ from ctrl.errors import UserError
 from ctrl.io import write_json
 from ctrl.labels import Categorical, Factors
 from ctrl.sampling import noise_of, sample
+from tests.test_labels import WRONG_CODES
 
 PROMPTS = ["coat", "a bag", "bag"]
 LABELS = torch.tensor([0, 2, 1])
@@ -164,11 +165,32 @@ def test_damaged_adapter_is_refused(tiny_sd, control, tmp_path, file, damage):
 
 
 def test_adapter_with_other_layers_is_refused(tiny_sd, control, tmp_path):
+    scramble(control)
     save(control, tmp_path / "a")
     described = json.loads((tmp_path / "a" / "adapter.json").read_text())
     write_json(tmp_path / "a" / "adapter.json", described | {"target_modules": ["to_q"]})
     with pytest.raises(UserError, match="layers"):
         controls.load(bases.load(tiny_sd), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("row", "says"), [(None, "label 0"), (1, "label 1 .b. changes no image: its embedding is that of no label")])
+def test_adapter_whose_label_changes_nothing_is_refused(tiny_sd, control, tmp_path, row, says):
+    scramble(control)
+    with torch.no_grad():
+        control.base.unet.class_embedding.weight[slice(None) if row is None else row] = 0
+    save(control, tmp_path / "a")
+    with pytest.raises(UserError, match=says):
+        controls.load(bases.load(tiny_sd), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("labels", "says"), WRONG_CODES)
+def test_wrong_labels_are_one_line(base, control, process, labels, says):
+    says = says.replace("label 3: the labels' codes are 0 to 2", "label 4: the labels' codes are 0 to 3")
+    labels = labels + (labels == 3) if torch.is_tensor(labels) and labels.tolist() == [0, 3] else labels  # 3 is the null label
+    with pytest.raises(UserError, match=says):
+        control.denoiser(process, PROMPTS[:2], labels)
+    with pytest.raises(UserError, match=says):
+        control.guided_denoiser(process, PROMPTS[:2], labels, 2.0)
 
 
 def test_unknown_target_modules_are_refused(base):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ctrl.control import Control
+from ctrl.errors import UserError
 from ctrl.finetune import recipe
 from ctrl.finetune.recipe import Examples, Task, supervised_gradient
 from ctrl.finetune.supervised import supervised
@@ -55,6 +56,25 @@ def test_dropped_labels_teach_the_embedding_nothing(task, examples, monkeypatch)
     dropped = gradients(task, examples, 0)[1]
     assert dropped[name] is None or not dropped[name].any()
     assert any(g is not None and g.any() for k, g in dropped.items() if k != name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (torch.tensor([0, 1, 2, 0, 1, 4]), "no label 4"),
+        (torch.tensor([0, 1, 2, 0, 1, -1]), "no label -1"),
+        (torch.tensor([0, 1, 2]), "one for each of the 6 images"),
+        (torch.zeros(6), "not torch.float32"),
+    ],
+)
+def test_examples_with_wrong_labels_are_one_line(task, examples, labels, says):
+    with pytest.raises(UserError, match=says):
+        supervised_gradient(task, Examples(examples.x_0, examples.prompts, labels), 4)
+
+
+def test_examples_without_a_prompt_are_one_line(task, examples):
+    with pytest.raises(UserError, match="5 prompts and 6 labels"):
+        supervised_gradient(task, Examples(examples.x_0, examples.prompts[:5], examples.labels), 4)
 
 
 def labels_asked_for(control, examples, monkeypatch, size, update=5):

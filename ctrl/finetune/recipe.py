@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctrl.control import Control
+from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
@@ -207,12 +208,15 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
     With several factors each is dropped by itself: guidance is asked for labels that leave some of them free, too.
     """
     control, process = task.control, task.process
+    labels = control.space.check_codes(examples.labels, len(examples.x_0))
+    if len(examples.prompts) != len(labels):
+        raise UserError(f"the labelled images have {len(examples.prompts)} prompts and {len(labels)} labels: one of each is needed")
 
     def gradient(update: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
-        chosen = torch.randint(len(examples.labels), (batch_size,), generator=generator)
+        chosen = torch.randint(len(labels), (batch_size,), generator=generator)
         dropped = torch.rand(len(control.space.factors), batch_size, generator=generator) < LABEL_DROPOUT
-        y = control.space.freed(examples.labels[chosen], dropped.T)
+        y = control.space.freed(labels[chosen], dropped.T)
 
         def denoiser_of(process: Process, rows: Tensor) -> Callable:
             return control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
