@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctrl.errors import UserError
 from ctrl.heads import HEADS
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
-from ctrl.labels import Categorical, Factors
+from ctrl.labels import Categorical, Factors, check_codes
 from ctrl.networks import NETWORKS
 
 
@@ -51,8 +51,9 @@ class Classifier(nn.Module):
         return self.head.log_probs(self.outputs(images), self.temperature * temperature, self.descending)
 
     def log_prob(self, images: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
-        """log p(y | x) with shape (B,), for images in [-1, 1] and labels with shape (B,)."""
-        return self.log_probs(images, temperature).gather(1, y.to(images.device)[:, None])[:, 0]
+        """log p(y | x) with shape (B,), for images in [-1, 1] and labels with shape (B,); UserError where these are no labels."""
+        y = check_codes(y, len(images), self.num_classes).to(images.device)
+        return self.log_probs(images, temperature).gather(1, y[:, None])[:, 0]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that was learned; the frozen CLIP is named in the description instead."""
@@ -78,8 +79,8 @@ class Product(nn.Module):
         return sum(factor.log_probs(images, temperature)[:, y] for factor, y in zip(self.factors, parts.T, strict=True))
 
     def log_prob(self, images: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
-        """log p(y | x) of the factors that the codes `y` with shape (B,) set; shape (B,)."""
-        parts = self.space.parts.to(images.device)[y.to(images.device)]
+        """log p(y | x) of the factors that the codes `y` with shape (B,) set; shape (B,). UserError where `y` are no codes."""
+        parts = self.space.parts.to(images.device)[self.space.check_codes(y, len(images)).to(images.device)]
         total = 0.0
         for factor, part in zip(self.factors, parts.T, strict=True):
             total = total + torch.where(part < 0, 0.0, factor.log_prob(images, part.clamp(min=0), temperature))

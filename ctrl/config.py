@@ -88,6 +88,11 @@ def for_adapter(config: dict, name: str) -> dict:
     return merge(config, changes)
 
 
+def needs_classifier(config: dict) -> bool:
+    """Whether the trainer of `config` learns from p(y | x): not from the oracle's own answer, nor from the labelled images alone."""
+    return config["finetune"]["trainer"] in ("backprop", "adjoint")
+
+
 def check(config: dict, schema: dict, where: str = "config") -> None:
     """Raises UserError for the first mistake: the dotted key, its value, the nearest known name of an unknown key, what is allowed.
 
@@ -141,8 +146,14 @@ def read_methods(path: str, schema: dict) -> dict[str, dict]:
 
 
 def check_scales(methods: dict[str, dict], tuning: dict) -> dict[str, dict]:
-    """The rows of methods.tsv, by the method's name; UserError where one has no scales in the section `tuning`, or scales have no row."""
+    """The rows of methods.tsv, by the method's name; UserError where one has no scales in the section `tuning`, or scales have no row.
+
+    A guidance is tuned once, on the row that bears its name; further rows of the same guidance take that scale.
+    """
     tuned = {row["guidance"]: name for name, row in methods.items() if row["family"] in ("guidance", "cfg")}
+    if nameless := [name for name in tuned if methods.get(name, {}).get("guidance") != name]:
+        name = min(nameless)
+        raise UserError(f"config/methods.tsv, method {tuned[name]}: there is no row {name} to tune its guidance on; give it that name")
     if missing := tuned.keys() - tuning.keys():
         name = min(missing)
         raise UserError(f"config/methods.tsv, method {tuned[name]}: no scales to try; add tuning.{name}: {{scale: [...]}} to the config")
@@ -167,8 +178,11 @@ def check_factors(label: dict, where: str) -> None:
         if len(y) != len(factors) or any(part >= factor["num_classes"] for part, factor in zip(y, factors, strict=True)):
             sizes = " x ".join(str(factor["num_classes"]) for factor in factors)
             raise UserError(f"{where}: label.held_out has {y}; a combination holds a label of each factor, and there are {sizes} labels")
-    if factors and len(label["held_out"]) >= label["num_classes"]:
-        raise UserError(f"{where}: label.held_out leaves no combination to learn from")
+    for k, factor in enumerate(factors):
+        for y in range(factor["num_classes"]):
+            combinations = label["num_classes"] // factor["num_classes"]
+            if sum(held[k] == y for held in label["held_out"]) >= combinations:
+                raise UserError(f"{where}: label.held_out has all {combinations} combinations of {names[k]} {y}: nothing could teach it")
 
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ctrl.base import Base
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors
-from ctrl.labels import Categorical, Factors, LabelEmbedding
+from ctrl.labels import Categorical, Factors, LabelEmbedding, check_distinct
 from ctrl.process import Denoiser, Process
 
 LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
@@ -115,8 +115,10 @@ class Control:
     ) -> Denoiser:
         """The augmented model for `labels` with shape (B,): eps_pre + strength · (eps_psi − eps_pre).
 
-        A strength of 1 costs what the pretrained model costs, and 0 is the pretrained model; others need both.
+        A strength of 1 costs what the pretrained model costs, and 0 is the pretrained model; others need both. UserError where the labels
+        are not codes of the control's space, one for each prompt.
         """
+        labels = self.space.check_codes(labels, len(prompts))
         pre = self.base_denoiser(process, prompts, guidance_scale)
         if strength == 0:
             return pre
@@ -136,7 +138,7 @@ class Control:
         self, process: Process, prompts: Sequence[str], labels: Tensor, scale: float, guidance_scale: float = 1.0
     ) -> Denoiser:
         """Classifier-free guidance on the label: eps_psi(∅) + scale · (eps_psi(y) − eps_psi(∅)), both in one batch (Ho & Salimans 2022)."""
-        labels = labels.to(self.base.device)
+        labels = self.space.check_codes(labels, len(prompts)).to(self.base.device)
         both = torch.cat([torch.full_like(labels, self.null), labels])
         psi = self.base.guided(process, [*prompts, *prompts], guidance_scale, both, self.null)
         pre, active = self.base_denoiser(process, prompts, guidance_scale), self.active(process)
@@ -164,24 +166,33 @@ class Control:
 
 
 def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """adapter.json, LoRA and label embedding of `folder`. Raises UserError where they are missing, corrupt, or made for another base."""
+    """adapter.json, LoRA and label embedding of `folder`.
+
+    Raises UserError where they are missing, corrupt, or made for another base, or where a label changes no image.
+    """
     described = read_json(folder / "adapter.json")
     if (found := base.fingerprint()) != described["base_fingerprint"]:
         raise UserError(
             f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described['base_fingerprint']}), "
             f"not for this one ({found}); load it on that base, or train a new one"
         )
-    return described, load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
+    lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
+    check_distinct(space_of(described), embedding["weight"], str(folder))
+    return described, lora, embedding
+
+
+def space_of(described: dict) -> Factors:
+    """The labels that an adapter.json describes."""
+    if named := described.get("factors"):
+        return Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
+    return Factors((Categorical(described["num_classes"], tuple(described["label_names"])),))
 
 
 def load(base: Base, folder: str | Path) -> Control:
     """The trained control in `folder`, on `base`. Raises UserError as `check_adapter` does."""
     folder = Path(folder)
     described, lora, embedding = check_adapter(base, folder)
-    space = Factors.of(described["num_classes"])
-    if named := described.get("factors"):
-        space = Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
-    control = Control(base, space, described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
+    control = Control(base, space_of(described), described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
     state = {key.removeprefix("unet."): value for key, value in lora.items()}
     unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):

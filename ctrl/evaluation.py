@@ -59,6 +59,8 @@ def load_samples(folder: Path | str, oracle: str | Sequence[str], num_classes: i
         raise UserError(f"{folder / 'samples.parquet'} has no column {missing[0]}; draw the samples again with scripts/sample.py")
     if table.empty:
         raise UserError(f"{folder / 'samples.parquet'} has no rows; draw the samples again with scripts/sample.py")
+    if not pd.api.types.is_integer_dtype(table["label"]):
+        raise UserError(f"{folder / 'samples.parquet'}: its labels are {table['label'].dtype}, not whole numbers; draw the samples again")
     if not table["label"].between(0, num_classes - 1).all():
         wrong = min(set(table["label"]) - set(range(num_classes)))
         raise UserError(f"{folder / 'samples.parquet'} asks for label {wrong}, but the dataset has the labels 0 to {num_classes - 1}")

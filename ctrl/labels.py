@@ -45,12 +45,8 @@ class Categorical:
 
     def check(self, labels: int | None | Sequence[int | None] | Tensor) -> Tensor:
         """`labels` as int64 with shape (B,), where None becomes the null label; UserError where one is not of this space."""
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        if labels is None or isinstance(labels, int | float | str):
-            labels = [labels]
-        labels = [y.item() if hasattr(y, "item") else y for y in labels]
-        for y in labels:
+        labels = plain(labels)
+        for y in (labels := labels if isinstance(labels, list) else [labels]):
             if y is not None and (not isinstance(y, int) or isinstance(y, bool) or not 0 <= y < self.num_classes):
                 raise UserError(f"no label {y!r}: {self.describe()}")
         return torch.tensor([self.null if y is None else y for y in labels], dtype=torch.int64)
@@ -144,7 +140,7 @@ class Factors:
         """The code of one label of each factor, None where it is free; UserError where there is none."""
         if len(parts) != len(self.factors):
             raise UserError(f"no label {list(parts)}: it needs {len(self.factors)} entries, None where free; {self.describe()}")
-        checked = [-1 if y is None else f.check(y).item() for f, y in zip(self.factors, parts, strict=True)]
+        checked = [-1 if y is None else f.check([y]).item() for f, y in zip(self.factors, parts, strict=True)]
         return int((self.parts == torch.tensor(checked)).all(1).nonzero()[0, 0])
 
     def codes(self, parts: Sequence[Tensor]) -> Tensor:
@@ -153,6 +149,11 @@ class Factors:
         for f, y in zip(self.factors, parts, strict=True):
             code = code * f.num_classes + y
         return code
+
+    def freed(self, codes: Tensor, free: Tensor) -> Tensor:
+        """The codes, int64 (B,), of what is left of `codes` with shape (B,) where the factors in `free`, bool (B, F), are left free."""
+        left = torch.where(free, -1, self.parts[codes])
+        return (left[:, None] == self.parts).all(2).int().argmax(1)
 
     def label(self, code: int) -> int | None | list[int | None]:
         """What a user writes for `code`: with one factor an integer, otherwise a list with None where a factor is free."""
@@ -167,8 +168,8 @@ class Factors:
         """
         if len(self.factors) == 1:
             return self.factors[0].check(labels)
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        alone = labels is None or isinstance(labels, Mapping | str | int | float) or all(y is None or isinstance(y, int) for y in labels)
+        labels = plain(labels)
+        alone = not isinstance(labels, list) or all(y is None or isinstance(y, int) for y in labels)
         return torch.tensor([self._check_one(y) for y in ([labels] if alone else labels)], dtype=torch.int64)
 
     def _check_one(self, label) -> int:
@@ -178,9 +179,13 @@ class Factors:
             if unknown := [key for key in label if key not in self.keys]:
                 raise UserError(f"no factor {unknown[0]!r}: the factors are {', '.join(self.keys)}")
             label = [label.get(key) for key in self.keys]
-        if isinstance(label, str | int | float):
+        if not isinstance(label, list):
             raise UserError(f"no label {label!r}: it needs {len(self.factors)} entries, None where free; {self.describe()}")
         return self.code(label)
+
+    def check_codes(self, codes: Tensor, num: int) -> Tensor:
+        """`codes` as int64 with shape (num,); UserError where they are not that many codes of this space."""
+        return check_codes(codes, num, self.num_codes)
 
     def describe(self) -> str:
         """The labels in words, for messages and help texts."""
@@ -188,6 +193,31 @@ class Factors:
             return self.factors[0].describe()
         keys = self.keys or tuple(f"factor {k}" for k in range(len(self.factors)))
         return "; ".join(f"of {key}, {f.describe()}" for key, f in zip(keys, self.factors, strict=True))
+
+
+def plain(label):
+    """Lists, numbers and mappings instead of the tensors, arrays and tuples that a user's `label` is or holds."""
+    if hasattr(label, "tolist"):
+        return label.tolist()
+    if isinstance(label, Mapping):
+        return {key: plain(part) for key, part in label.items()}
+    return [plain(part) for part in label] if isinstance(label, list | tuple) else label
+
+
+def check_codes(codes: Tensor, num: int, num_codes: int) -> Tensor:
+    """`codes` as int64 with shape (num,), on their own device; UserError where they are not `num` whole numbers below `num_codes`.
+
+    An index that is wrong would not be noticed: −1 is the last row of a table, and too few labels are the labels of the first images.
+    """
+    if not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_floating_point() or codes.is_complex():
+        kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+        raise UserError(f"labels are whole numbers in a tensor, not {kind}")
+    if codes.shape != (num,):
+        raise UserError(f"labels have the shape {tuple(codes.shape)}: one for each of the {num} images is needed, ({num},)")
+    for y in (codes.min().item(), codes.max().item()) if num else ():
+        if not 0 <= y < num_codes:
+            raise UserError(f"there is no label {y}: the labels' codes are 0 to {num_codes - 1}")
+    return codes.long()
 
 
 class LabelEmbedding(nn.Embedding):
@@ -204,6 +234,27 @@ class LabelEmbedding(nn.Embedding):
 
     def forward(self, codes: Tensor) -> Tensor:
         return super().forward(self.rows[codes]).sum(1)
+
+
+def check_distinct(space: Factors, weight: Tensor, where: str) -> None:
+    """Raises UserError where two labels of a factor, or one and its null, have the same row of a trained embedding's `weight`.
+
+    They would draw the same images: asking for the label changes nothing. The same: closer than a thousandth of the longest row, which
+    half precision hardly tells apart.
+    """
+    first = 0
+    for k, factor in enumerate(space.factors):
+        rows = torch.cat([weight[first : first + factor.num_classes], weight[-1:]]).float()
+        equal = (rows[:, None] - rows).norm(dim=-1) <= 1e-3 * weight.float().norm(dim=1).max()
+        key = f"label of {space.keys[k]}" if space.keys and len(space.factors) > 1 else "label"
+        for y, other in equal.triu(1).nonzero().tolist():
+            named = f"{key} {y}" + (f" ({factor.names[y]})" if factor.names else "")
+            same = f"{key} {other}" if other < factor.num_classes else "no label"
+            raise UserError(
+                f"{where}: {named} changes no image: its embedding is that of {same}; train with more finetune.num_updates, or a higher "
+                "finetune.embedding_learning_rate"
+            )
+        first += factor.num_classes
 
 
 def factors_of(report: dict) -> list[dict]:

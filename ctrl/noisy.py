@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
+from ctrl.labels import check_codes
 from ctrl.process import Process
 
 NUM_DRAWS = 4  # of the noise for each latent, where the classifier is measured
@@ -66,9 +67,16 @@ class NoisyClassifier(nn.Module):
         return F.log_softmax(self.linear(self.dropout(h.mean(dim=(2, 3)))), dim=1)
 
     def log_prob(self, process: Process, y: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """(x_t, i) -> log p_t(y | x_t) with shape (B,), for labels with shape (B,): what `classifier_guidance` takes."""
-        y = y.to(self.linear.weight.device)[:, None]
-        return lambda x_t, i: self.log_probs(x_t, process.abar_t[i].expand(len(x_t))).gather(1, y)[:, 0]
+        """(x_t, i) -> log p_t(y | x_t) with shape (B,), for labels with shape (B,): what `classifier_guidance` takes.
+
+        UserError where these are no labels, or not one for each image.
+        """
+
+        def log_prob(x_t: Tensor, i: int) -> Tensor:
+            labels = check_codes(y, len(x_t), self.linear.out_features).to(x_t.device)
+            return self.log_probs(x_t, process.abar_t[i].expand(len(x_t))).gather(1, labels[:, None])[:, 0]
+
+        return log_prob
 
 
 def noised(x_0: Tensor, abar: Tensor, generator: torch.Generator) -> Tensor:

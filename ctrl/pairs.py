@@ -13,18 +13,20 @@ from ctrl.errors import UserError
 
 # Seeds of different splits never meet: the images of the table share no noise with those that settings were chosen on.
 SEED_OFFSETS = {"train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
+NEVER = 1e-6  # the classifier gives a label less often: there is nothing to learn from, and rejection would not end
 
 
-def possible_cells(probability: Tensor, subjects: Sequence[str], min_probability: float) -> list[tuple[str, int]]:
-    """The (subject, label) pairs with p(y | c) ≥ `min_probability`; `probability` has shape (subjects, labels).
+def possible_cells(probability: Tensor, subjects: Sequence[str], names: Sequence[str], min_probability: float) -> list[tuple[str, int]]:
+    """The (subject, number of the label) pairs with p(y | c) ≥ `min_probability`; `probability` has shape (subjects, labels).
 
-    Raises UserError where a label is left without a subject.
+    Raises UserError where a label, of these `names`, is left without a subject; what never occurs is not possible, whatever the minimum.
     """
-    cells = [(s, y) for s, row in zip(subjects, probability.tolist(), strict=True) for y, p in enumerate(row) if p >= min_probability]
+    least = max(min_probability, NEVER)
+    cells = [(s, y) for s, row in zip(subjects, probability.tolist(), strict=True) for y, p in enumerate(row) if p >= least]
     if lost := sorted(set(range(probability.shape[1])) - {y for _, y in cells}):
         raise UserError(
-            f"cells.min_probability: no subject gives label {lost[0]} with probability {min_probability} or more "
-            f"(at most {probability[:, lost[0]].max():.4f}); lower it, or choose other label.edges"
+            f"cells.min_probability: no subject gives the label {names[lost[0]]} with probability {least:g} or more "
+            f"(by the classifier at most {probability[:, lost[0]].max():.2g}); lower it, or choose other label.edges"
         )
     return cells
 

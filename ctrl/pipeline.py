@@ -18,6 +18,32 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 
+def plain(label):
+    """Lists, numbers and dicts instead of the tensors, arrays and tuples that `label` is or holds."""
+    if hasattr(label, "tolist"):
+        return label.tolist()
+    if isinstance(label, list | tuple):
+        return [plain(part) for part in label]
+    return {key: plain(part) for key, part in label.items()} if isinstance(label, dict) else label
+
+
+def factors_of(control):
+    """The names of the labels of each factor, by its name; one factor is called `label`."""
+    return control.get("factors") or {"label": control["label_names"]}
+
+
+def check_distinct(weight, control, folder):
+    """Raises ValueError where two labels of a factor, or one and its null, have the same row: they would draw the same images."""
+    first = 0
+    for key, names in factors_of(control).items():
+        rows = torch.cat([weight[first : first + len(names)], weight[-1:]])
+        equal = (rows[:, None] - rows).norm(dim=-1) <= 1e-3 * weight.norm(dim=1).max()
+        for y, other in equal.triu(1).nonzero().tolist():
+            same = f"{key} {other} ({names[other]})" if other < len(names) else "no label"
+            raise ValueError(f"{folder}: {key} {y} ({names[y]}) changes no image: its embedding is that of {same}; train the adapter again")
+        first += len(names)
+
+
 class LabelEmbedding(torch.nn.Embedding):
     """The sum over the factors of a label: from rows of the table with shape (B, factors) to (B, width)."""
 
@@ -43,7 +69,10 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         folder = Path(folder)
         control = json.loads((folder / "adapter.json").read_text())
         weight = load_file(folder / "label_embedding.safetensors")["weight"]
-        self.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="ctrl")
+        check_distinct(weight, control, folder)
+        # The UNet's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
+        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet"}
+        self.unet.load_lora_adapter(str(folder), **file, adapter_name="ctrl", _pipeline=self)
         embedding = LabelEmbedding(*weight.shape, padding_idx=len(weight) - 1)
         embedding.weight.data.copy_(weight)
         self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
@@ -55,52 +84,35 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         return self
 
     def check_labels(self, label, num_prompts):
-        """`label` as rows of the embedding, (num_prompts, factors). Raises ValueError where it is not one of the adapter's labels."""
-        if "factors" in self.control:
-            return self.check_factors(label, num_prompts)
-        null = self.control["null_label"]
-        labels = torch.as_tensor(null if label is None else label)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"label is {label!r}: labels are integers from 0 to {null - 1}")
-        labels = labels.expand(num_prompts) if labels.ndim == 0 else labels
-        if labels.shape != (num_prompts,):
-            raise ValueError(f"label has shape {tuple(labels.shape)}: give one label, or one for each of the {num_prompts} prompts")
-        if label is not None and not ((labels >= 0) & (labels < null)).all():
-            raise ValueError(f"label is {label!r}: this adapter has the labels 0 to {null - 1} ({', '.join(self.control['label_names'])})")
-        return labels[:, None]
+        """`label` as rows of the embedding, (num_prompts, factors). Raises ValueError where it is not one of the adapter's labels.
 
-    def check_factors(self, label, num_prompts):
-        """The same for an adapter of several factors, whose labels stand one factor after the other, the null behind all."""
-        factors = self.control["factors"]
-        null = sum(map(len, factors.values()))
-
-        def is_one(y):
-            flat = isinstance(y, list | tuple) and all(part is None or isinstance(part, int | float) for part in y)
-            return flat or y is None or isinstance(y, dict)
-
-        if isinstance(label, int | float | str):
-            raise ValueError(f"label is {label!r}: give an entry for each of {', '.join(factors)}, None where it is free")
-        label = label.tolist() if hasattr(label, "tolist") else label
-        labels = [label] * num_prompts if is_one(label) else list(label)
-        if len(labels) != num_prompts or not all(is_one(y) for y in labels):
+        The factors' labels stand below each other in the table, the null behind all.
+        """
+        factors = factors_of(self.control)
+        several, null = "factors" in self.control, sum(map(len, factors.values()))
+        needed = f"give an entry for each of {', '.join(factors)}, None where it is free" if several else "give an integer, or None"
+        label = plain(label)
+        flat = isinstance(label, list) and several and all(part is None or isinstance(part, int | float) for part in label)
+        labels = label if isinstance(label, list) and not flat else [label] * num_prompts
+        if len(labels) != num_prompts:
             raise ValueError(f"label is {label!r}: give one label, or one for each of the {num_prompts} prompts")
-        rows = []
-        for y in labels:
-            if isinstance(y, dict):
+
+        def rows(y):
+            if several and isinstance(y, dict):
                 if unknown := [key for key in y if key not in factors]:
                     raise ValueError(f"label is {y!r}: there is no factor {unknown[0]!r}, only {', '.join(factors)}")
                 y = [y.get(key) for key in factors]
-            y = [None] * len(factors) if y is None else list(y)
-            if len(y) != len(factors):
-                raise ValueError(f"label is {y!r}: give an entry for each of {', '.join(factors)}, None where it is free")
-            first, row = 0, []
-            for part, (key, names) in zip(y, factors.items(), strict=True):
+            parts = [None] * len(factors) if y is None else y if several else [y]
+            if not isinstance(parts, list) or len(parts) != len(factors):
+                raise ValueError(f"label is {y!r}: {needed}")
+            first = 0
+            for part, (key, names) in zip(parts, factors.items(), strict=True):
                 if part is not None and (not isinstance(part, int) or isinstance(part, bool) or not 0 <= part < len(names)):
-                    raise ValueError(f"label is {y!r}: {key} has the labels 0 to {len(names) - 1} ({', '.join(names)})")
-                row.append(null if part is None else first + part)
+                    raise ValueError(f"label is {label!r}: {key} has the labels 0 to {len(names) - 1} ({', '.join(names)}); {needed}")
+                yield null if part is None else first + part
                 first += len(names)
-            rows.append(row)
-        return torch.tensor(rows)
+
+        return torch.tensor([list(rows(y)) for y in labels])
 
     def sampler_settings(self, given):
         """`given` keywords over the adapter's own sampler. Another number of steps, eta or prompt guidance is warned about."""
@@ -118,26 +130,29 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
 
     @contextmanager
     def conditioned(self, labels, strength):
-        """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength."""
+        """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength: 0 where there is no label."""
         unet = self.unet
         null = unet.class_embedding.padding_idx
         forward = unet.forward
+        strengths = torch.where((labels == null).all(1), 0.0, float(strength))
 
         def with_labels(sample, timestep, *args, **kwargs):
-            y = labels.to(sample.device)
+            y, s = labels.to(sample.device), strengths
             if len(sample) == 2 * len(y):
-                y = torch.cat([torch.full_like(y, null), y])
+                y, s = torch.cat([torch.full_like(y, null), y]), s.repeat(2)
             kwargs.pop("return_dict", None)
 
             def eps_of(y, enabled):
                 unet.enable_adapters() if enabled else unet.disable_adapters()
                 return forward(sample, timestep, *args, class_labels=y, return_dict=False, **kwargs)[0]
 
-            active = int(timestep) >= self.control["min_timestep"] and strength != 0
-            if active and strength == 1:
+            active = int(timestep) >= self.control["min_timestep"] and s.any()
+            if active and (s == 1).all():
                 return (eps_of(y, True),)
             eps_pre = eps_of(torch.full_like(y, null), False)
-            return (eps_pre if not active else eps_pre + strength * (eps_of(y, True) - eps_pre),)
+            if not active:
+                return (eps_pre,)
+            return (eps_pre + s.view(-1, 1, 1, 1).to(eps_pre) * (eps_of(y, True) - eps_pre),)
 
         unet.forward = with_labels
         try:
@@ -153,7 +168,6 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         labels = self.check_labels(label, len(prompts)).repeat_interleave(num_images_per_prompt, dim=0)
         if not isinstance(strength, Real) or not 0 <= strength < math.inf:
             raise ValueError(f"strength is {strength!r}: it goes from 0 (the pretrained model) over 1 (the trained one) to more")
-        strength = 0.0 if bool((labels == self.unet.class_embedding.padding_idx).all()) else strength
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
         with self.conditioned(labels, strength):

@@ -39,23 +39,24 @@ def main() -> None:
     codes = [*range(space.num_classes), *space.partial]
     p = p @ space.covers[codes].to(p).T if space.partial else p
     table = pd.DataFrame(p.numpy(), columns=codes).assign(subject=pool["subject"]).groupby("subject", sort=False).agg("mean")
-    possible = possible_cells(torch.tensor(table.to_numpy()), list(table.index), config["cells"]["min_probability"])
+    names, min_probability = [space.name(code) for code in codes], config["cells"]["min_probability"]
+    possible = possible_cells(torch.tensor(table.to_numpy()), list(table.index), names, min_probability)
     cells = [(subject, codes[k]) for subject, k in possible]
     free = [(subject, code) for subject, code in cells if code > space.null]
     counts = pool["subject"].value_counts()
     result = {
         "subjects": list(table.index),
         "labels": codes,
-        "label_names": [space.name(code) for code in codes],
+        "label_names": names,
         "num_images": [int(counts[s]) for s in table.index],
         "probability": table.round(5).to_numpy(),
-        "min_probability": config["cells"]["min_probability"],
+        "min_probability": min_probability,
         "cells": [cell for cell in cells if cell not in free],
     }
     if space.partial:
         result |= {"free": free, "held_out": report["held_out"]}
     write_json(args.output, result)
-    print(f"{len(cells)} of {table.size} (subject, label) cells have probability >= {config['cells']['min_probability']}")
+    print(f"{len(cells)} of {table.size} (subject, label) cells have probability >= {min_probability}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from ctrl import control as controls
 from ctrl import errors, evaluation, features
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.base import Base
-from ctrl.config import for_adapter
+from ctrl.config import for_adapter, needs_classifier
 from ctrl.data import load_images
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Examples, Task, probe_function, train
+from ctrl.finetune.recipe import Examples, LogProb, Task, probe_function, train
 from ctrl.io import read_json, read_parquet
-from ctrl.labels import Factors, factors_of
+from ctrl.labels import Factors, check_distinct, factors_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base, load_oracle, load_training_cells, new_control, reward_of_latents
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
         help="name of the adapter: a recipe (what the config's `adapters` says of it holds) and what it varies, such as ctrl_gamma3_seed1 "
         "(default: %(default)s)",
     )
-    parser.add_argument("--classifier", type=Path, required=True, help="folder of the classifier")
+    parser.add_argument("--classifier", type=Path, help="folder of the classifier, for the trainers backprop and adjoint")
     parser.add_argument("--cells", type=Path, required=True, help="cells.json: the (subject, label) pairs to train on")
     parser.add_argument("--dataset", type=Path, required=True, help="folder with report.json, for the labels and the probe's oracle")
     parser.add_argument(
@@ -50,6 +50,11 @@ def parse() -> argparse.Namespace:
 def digest(*parts) -> str:
     """What a run depends on, as a short text: a checkpoint of another run is not resumed."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def contents(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def load_examples(base: Base, dataset: Path) -> Examples:
@@ -70,19 +75,32 @@ def distance_function(args: argparse.Namespace, config: dict) -> Callable[..., d
     return evaluation.distance_to(reference, features.load(config["evaluation"]["features"]))
 
 
+def learned_from(base: Base, space: Factors, trainer: str, args: argparse.Namespace) -> tuple[LogProb | None, Examples | None, list[Path]]:
+    """What a trainer learns from: the oracle's agreement, labelled images, or log p̂(y | x); and the files whose content decides on it."""
+    report = args.dataset / "report.json"
+    if trainer == "supervised":
+        return None, load_examples(base, args.dataset), [report, args.dataset / "metadata.parquet"]
+    if trainer == "policy_gradient":
+        return reward_of_latents(base, trainer, None, args.dataset, space), None, [report]
+    classifier = classifiers.load(args.classifier).to(base.device)
+    if space.num_classes != classifier.num_classes:
+        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+    return reward_of_latents(base, trainer, classifier, args.dataset, space), None, [args.classifier / "config.json"]
+
+
 def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
     settings, sampler, templates = config["finetune"], config["sampler"], config["prompts"]["templates"]
     if not settings["gamma"] > 0:
         raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
+    if needs_classifier(config) and not args.classifier:
+        raise errors.UserError(f"finetune.trainer is {settings['trainer']}: it also needs --classifier")
     base, process = load_base(config, args.num_threads)
-    classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells, settings["ask_held_out"])
+    cells = load_training_cells(args.cells, settings["ask_held_out"])
     space = Factors.from_report(read_json(args.dataset / "report.json"))
-    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
+    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
-    if space.num_classes != classifier.num_classes:
-        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
@@ -91,24 +109,24 @@ def main() -> None:
     )
 
     oracle, distance = load_oracle(args.dataset), distance_function(args, config)
+    log_prob, examples, files = learned_from(base, space, settings["trainer"], args)
 
     def score(images: torch.Tensor, subjects: list[str], labels: torch.Tensor) -> dict[str, float]:
         accuracy = float(space.covers[labels, torch.tensor(oracle(images))].double().mean())
         return {"oracle_accuracy": accuracy} | distance(images, subjects, labels)
 
-    log_prob = reward_of_latents(base, settings["trainer"], classifier, args.dataset, space)
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
-    classifier_config = (args.classifier / "config.json").read_text()
     probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
-    identity = digest(settings, sampler, templates["train"], templates["val"], cells, base.fingerprint(), config["seed"], classifier_config)
+    asked = (templates["train"], templates["val"], cells)
+    identity = digest(settings, sampler, *asked, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
 
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
-        examples = load_examples(base, args.dataset) if settings["trainer"] == "supervised" else None
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
+        check_distinct(space, base.unet.class_embedding.weight.detach(), str(args.output))
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],

@@ -1,23 +1,28 @@
-"""Methods that steer the pretrained model while it samples: from the configuration and a classifier's folder to denoisers and samplers."""
+"""From a row of methods.tsv and the folders that it takes to a denoiser or a sampler: above all, what steers the pretrained model."""
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ctrl import classifier as classifiers
+from ctrl import control as controls
 from ctrl import noisy
 from ctrl.base import Base
+from ctrl.control import Control
 from ctrl.generate import Draw, MakeDenoiser
 from ctrl.guidance.classifier import classifier_guidance
 from ctrl.guidance.mpgd import mpgd
 from ctrl.guidance.particles import smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
+from ctrl.io import read_json
 from ctrl.process import Process
 from ctrl.sampling import noise_of
-from scripts.loading import log_prob_of_latents, pretrained_denoiser
+from scripts.loading import adapter_denoiser, label_guidance_denoiser, log_prob_of_latents, pretrained_denoiser
 
 # The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
 GUIDANCE = {
@@ -37,6 +42,21 @@ def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Pa
     return lambda prompts, labels: GUIDANCE[guidance](
         pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale
     )
+
+
+def method_denoiser(
+    method: pd.Series, base: Base, process: Process, config: dict, args: argparse.Namespace
+) -> tuple[MakeDenoiser, Control | None]:
+    """What the method makes of prompts and labels, and its control if it has an adapter."""
+    scale = read_json(args.tuning)["best"]["scale"] if method["family"] in ("guidance", "cfg") else None
+    if method["family"] == "guidance":
+        return guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"]), None
+    if method["family"] not in ("finetune", "cfg"):
+        return pretrained_denoiser(base, process, config), None
+    control = controls.load(base, args.adapter).merge()
+    if method["family"] == "cfg":
+        return label_guidance_denoiser(control, process, config, scale), control
+    return adapter_denoiser(control, process, config, args.strength), control
 
 
 def particle_draw(base: Base, process: Process, config: dict, classifier: Path, method: str) -> Draw:

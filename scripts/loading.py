@@ -52,17 +52,28 @@ def strength_of(asked: float | None, method: pd.Series) -> float:
 
 def load_cells(path: Path) -> list[tuple[str, int]]:
     """The (subject, label) pairs of cells.json that the table asks for."""
-    return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
+    cells = read_json(path)
+    return check_cells(cells["cells"], cells["labels"], path)
 
 
 def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple[str, int]]:
     """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`."""
     cells = read_json(path)
     held_out = [] if ask_held_out else cells.get("held_out", [])
-    training = [(subject, int(label)) for subject, label in cells["cells"] + cells.get("free", []) if label not in held_out]
+    training = [c for c in check_cells(cells["cells"] + cells.get("free", []), cells["labels"], path) if c[1] not in held_out]
     if not training:
         raise UserError(f"{path}: no (subject, label) pair is left to train on; set finetune.ask_held_out, or label.held_out to fewer")
     return training
+
+
+def check_cells(pairs: list, labels: list[int], path: Path) -> list[tuple[str, int]]:
+    """`pairs` as tuples; UserError for the first that is no subject with one of the file's `labels`."""
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{path}: {pair!r} is no pair of a subject and a label; make it again by scripts/estimate_cells.py")
+        if type(pair[1]) is not int or pair[1] not in labels:
+            raise UserError(f"{path}: {pair[0]!r} asks for label {pair[1]!r}, but the labels are {', '.join(map(str, labels))}")
+    return [(subject, label) for subject, label in pairs]
 
 
 def load_oracle(dataset: Path) -> Callable[[Tensor], np.ndarray]:
@@ -93,7 +104,7 @@ def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray], spa
 
 
 def reward_of_latents(
-    base: Base, trainer: str, classifier: classifiers.Classifier | classifiers.Product, dataset: Path, space: Factors
+    base: Base, trainer: str, classifier: classifiers.Classifier | classifiers.Product | None, dataset: Path, space: Factors
 ) -> Callable[[Tensor, Tensor, float], Tensor]:
     """What `trainer` climbs: the oracle's agreement for policy gradients, else the classifier's log p̂."""
     if trainer == "policy_gradient":

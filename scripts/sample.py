@@ -1,33 +1,26 @@
 """Draw images by one method of config/methods.tsv: a folder of PNGs with a table of prompts, labels, seeds and costs."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 from tqdm import tqdm
 
 from ctrl import classifier as classifiers
-from ctrl import control as controls
 from ctrl import errors
-from ctrl.generate import denoised, generate, path_figures, reject
+from ctrl.control import Control
+from ctrl.generate import MakeDenoiser, denoised, generate, path_figures, reject
 from ctrl.io import atomic_folder, read_json, write_json, write_parquet
 from ctrl.oracles import to_pil
 from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
+from ctrl.process import Process
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.guided import guidance_denoiser, particle_draw
-from scripts.loading import (
-    adapter_denoiser,
-    label_guidance_denoiser,
-    load_base,
-    load_cells,
-    load_method,
-    load_oracle,
-    log_prob_of_latents,
-    pretrained_denoiser,
-    strength_of,
-)
+from scripts.guided import method_denoiser, particle_draw
+from scripts.loading import load_base, load_cells, load_method, load_oracle, log_prob_of_latents, strength_of
 
 
 def parse() -> argparse.Namespace:
@@ -53,7 +46,48 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def figures_of_adapter(control, process, config, args, psi, samples, num_images: int = 256) -> dict:
+NEEDS = {  # of a method's family, the arguments that it takes besides
+    "finetune": ["adapter"],
+    "cfg": ["adapter", "tuning"],
+    "guidance": ["classifier", "tuning"],
+    "particles": ["classifier"],
+    "rejection": ["dataset", "cells"],
+}
+
+
+def check_needs(method: pd.Series, args: argparse.Namespace) -> None:
+    """UserError where an argument is missing that the method needs."""
+    if missing := [f"--{name}" for name in NEEDS.get(method["family"], []) if getattr(args, name) is None]:
+        raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
+
+
+def table_of_rows(config: dict, args: argparse.Namespace, first_seed: int) -> pd.DataFrame:
+    """The images to draw: columns prompt, subject, label, seed."""
+    templates = config["prompts"]["templates"][args.split]
+    if args.cells:
+        return table_of_cells(load_cells(args.cells), templates, args.per_label, first_seed)
+    return table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
+
+
+def write_images(batches: Iterable[tuple[Tensor, pd.DataFrame]], folder: Path, bar: tqdm) -> pd.DataFrame:
+    """Writes images/*.png and samples.parquet into an existing folder; returns the table."""
+    (folder / "images").mkdir()
+    tables = []
+    for images, table in batches:
+        names = [f"images/{bar.n + k:06d}.png" for k in range(len(table))]
+        for image, name in zip(to_pil(images), names, strict=True):
+            image.save(folder / name)
+        tables.append(table.assign(file_name=names))
+        bar.update(len(table))
+    samples = pd.concat(tables, ignore_index=True)
+    write_parquet(folder / "samples.parquet", samples)
+    return samples
+
+
+def figures_of_adapter(
+    control: Control, process: Process, config: dict, args: argparse.Namespace, psi: MakeDenoiser, samples: pd.DataFrame,
+    num_images: int = 256,
+) -> dict:  # fmt: skip
     """What training cost, and with a classifier at hand how far the paths of some of the samples are from the optimum.
 
     The paths are those of `psi`, at whatever strength it acts.
@@ -72,37 +106,13 @@ def figures_of_adapter(control, process, config, args, psi, samples, num_images:
 
 def main() -> None:
     args = parse()
-    config = load_config(args)
-    method = load_method(args.method, args.methods)
-    needs = {
-        "finetune": ["adapter"],
-        "cfg": ["adapter", "tuning"],
-        "guidance": ["classifier", "tuning"],
-        "particles": ["classifier"],
-        "rejection": ["dataset", "cells"],
-    }.get(method["family"], [])
-    if missing := [f"--{name}" for name in needs if getattr(args, name) is None]:
-        raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
+    config, method = load_config(args), load_method(args.method, args.methods)
+    check_needs(method, args)
     args.strength = strength_of(args.strength, method)
     base, process = load_base(config, args.num_threads)
-    templates, batch_size = config["prompts"]["templates"][args.split], config["sampler"]["batch_size"]
-    first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
-    if args.cells:
-        rows = table_of_cells(load_cells(args.cells), templates, args.per_label, first_seed)
-    else:
-        rows = table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
-
-    if method["family"] == "finetune":
-        control = controls.load(base, args.adapter).merge()
-        make_denoiser = adapter_denoiser(control, process, config, args.strength)
-    elif method["family"] == "cfg":
-        control = controls.load(base, args.adapter).merge()
-        make_denoiser = label_guidance_denoiser(control, process, config, read_json(args.tuning)["best"]["scale"])
-    elif method["family"] == "guidance":
-        scale = read_json(args.tuning)["best"]["scale"]
-        make_denoiser = guidance_denoiser(base, process, config, args.classifier, scale, method["guidance"])
-    else:
-        make_denoiser = pretrained_denoiser(base, process, config)
+    batch_size, first_seed = config["sampler"]["batch_size"], 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
+    rows = table_of_rows(config, args, first_seed)
+    make_denoiser, control = method_denoiser(method, base, process, config, args)
     draw = denoised(base, process, make_denoiser)
     if method["family"] == "particles":
         draw = particle_draw(base, process, config, args.classifier, method["guidance"])
@@ -114,20 +124,11 @@ def main() -> None:
     name = f"sample {args.output.name}" + (" (validation)" if args.split == "val" else "")
     with run(config, config["experiment"], name, {"method": args.method, "split": args.split}, config["mlflow"]["tracking_uri"]) as tracker:
         with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:
-            (folder / "images").mkdir()
-            tables = []
-            for images, table in batches:
-                names = [f"images/{bar.n + k:06d}.png" for k in range(len(table))]
-                for image, name in zip(to_pil(images), names, strict=True):
-                    image.save(folder / name)
-                tables.append(table.assign(file_name=names))
-                bar.update(len(table))
-            samples = pd.concat(tables, ignore_index=True)
-            write_parquet(folder / "samples.parquet", samples)
+            samples = write_images(batches, folder, bar)
             info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
             if "effective_sample_size" in samples:  # of the particles, after each step
                 info["effective_sample_size"] = np.mean(samples["effective_sample_size"].tolist(), axis=0).tolist()
-            if args.adapter:
+            if control:
                 info |= {"strength": args.strength} | figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)
         for step, size in enumerate(info.get("effective_sample_size", [])):

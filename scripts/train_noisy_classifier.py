@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ctrl import errors, noisy
-from ctrl.data import load_images
+from ctrl.data import SPLITS, load_images
 from ctrl.figures import curves
 from ctrl.io import atomic_folder, read_json, read_parquet, write_json
 from ctrl.tracking import run
@@ -27,8 +27,8 @@ def main() -> None:
     config = load_config(args)
     settings, num_classes = config["noisy_classifier"], read_json(args.dataset / "report.json")["num_classes"]
     base, process = load_base(config, args.num_threads)
-    latents = {}
-    for split, part in read_parquet(args.dataset / "metadata.parquet").groupby("split"):
+    table, latents = read_parquet(args.dataset / "metadata.parquet"), {}
+    for split, part in table[table["split"].isin(SPLITS)].groupby("split"):  # the held-out combinations have no use here
         x_0 = base.encode_images(load_images(part["path"]) / 127.5 - 1)
         latents[split] = x_0, torch.tensor(part["label"].tolist(), device=x_0.device)
     shape = {"num_classes": num_classes, "latent_channels": base.latent_shape[0]}

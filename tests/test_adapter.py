@@ -114,11 +114,52 @@ def test_no_label_or_no_strength_is_the_pretrained_model(tiny_sd, control, proce
     assert not np.array_equal(stack(pipe(["coat", "bag"], label=[0, 2], seed=0).images), stack(expected))
 
 
-@pytest.mark.parametrize("label", [3, -1, [0], [0, 1, 2], [0, 3], 0.5, [True, False], [0.0, 1.0]])
+@pytest.mark.parametrize("label", [
+    3, -1, [0], [0, 1, 2], [0, 3], 0.5, [True, False], [0.0, 1.0], "a", ["a", "b"], [[0], [1]], [0, -1], {"label": 0}, True,
+    torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor([True, False]), np.array([0, 3]), [np.float32(0), 1],
+])  # fmt: skip
 def test_wrong_labels_are_refused(tiny_sd, adapter, label):
     pipe = ctrl.load(tiny_sd, adapter=adapter[0])
-    with pytest.raises(ValueError, match="label"):
+    with pytest.raises(ValueError, match="^label (is|has)") as caught:
         pipe(["coat", "bag"], label=label)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [torch.tensor([0, 2]), np.array([0, 2]), (0, 2), [np.int64(0), torch.tensor(2)]])
+def test_labels_of_other_types_are_the_same_labels(tiny_sd, adapter, label):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    assert pipe.check_labels(label, 2).tolist() == [[0], [2]]
+
+
+def test_no_label_beside_a_label_is_the_pretrained_model(tiny_sd, adapter):
+    pipe = ctrl.load(tiny_sd, adapter=adapter[0])
+    mixed, labelled, free = (stack(pipe(["coat", "bag"], label=y, seed=0).images) for y in ([0, None], [0, 0], None))
+    assert np.array_equal(mixed[1], free[1]) and np.abs(mixed[0] - labelled[0]).max() <= 1 < np.abs(free[0] - labelled[0]).max()
+
+
+def test_loading_warns_of_nothing(tiny_sd, adapter, caplog):
+    import diffusers
+
+    diffusers.utils.logging.enable_propagation()
+    ctrl.load(tiny_sd, adapter=adapter[0])
+    diffusers.utils.logging.disable_propagation()
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_a_label_that_changes_nothing_is_refused_by_the_pipeline_alone(tiny_sd, adapter):
+    from safetensors.torch import load_file, save_file
+
+    from ctrl.pipeline import LabelStableDiffusionPipeline
+
+    pipe, file = LabelStableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None), adapter[0] / "label_embedding.safetensors"
+    weight = load_file(file)["weight"]
+    for row, source, same in ((2, 1, "label 2"), (1, 3, "no label")):
+        save_file({"weight": weight.index_copy(0, torch.tensor([row]), weight[[source]])}, file)
+        with pytest.raises(ValueError, match=f"label 1 .b. changes no image: its embedding is that of {same}"):
+            pipe.load_control(adapter[0])
+        assert pipe.control is None
+    with pytest.raises(UserError, match="label 1 .b. changes no image"):
+        ctrl.load(tiny_sd, adapter=adapter[0])
 
 
 @pytest.mark.parametrize("strength", [-1, float("nan"), float("inf"), "1", None])
@@ -204,6 +245,19 @@ def test_pipeline_takes_labels_of_several_factors(tiny_sd, pair, process, tmp_pa
         assert np.abs(stack(pipe(["coat", "bag"], label=label, seed=3).images) - expected).max() <= 1
     free = [stack(pipe(["coat", "bag"], label=label, seed=3).images) for label in (None, (None, None), [None, {}])]
     assert np.array_equal(free[0], free[1]) and np.array_equal(free[0], free[2])
-    for wrong in (1, "dark", [(0, 1)], (2, 0), (0,), [(0, 1), 1], {"colour": 1}, [(0.5, 1), (0, 1)], [(True, 1), (0, 1)]):
-        with pytest.raises(ValueError, match="label"):
+    for wrong in (
+        1,
+        "dark",
+        [(0, 1)],
+        (2, 0),
+        (0,),
+        [(0, 1), 1],
+        {"colour": 1},
+        [(0.5, 1), (0, 1)],
+        [(True, 1), (0, 1)],
+        [[(0, 1)], [(0, 1)]],
+        torch.zeros(2, 2),
+        2j,
+    ):
+        with pytest.raises(ValueError, match="^label is"):
             pipe(["coat", "bag"], label=wrong)

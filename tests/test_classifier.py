@@ -11,6 +11,7 @@ from ctrl import data, io, oracles
 from ctrl.classifier import Classifier, straight_through
 from ctrl.classifier_fit import fit
 from ctrl.errors import UserError
+from tests.test_labels import WRONG_CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
@@ -162,3 +163,16 @@ def test_a_product_multiplies_the_factors_that_are_set(pair, tmp_path):
     assert torch.allclose(joint[1, free].exp().sum().log(), expected[1]), "the margin of the joint law"
     classifiers.save(tmp_path, pair)
     assert torch.equal(classifiers.load(tmp_path).log_probs(images), pair.log_probs(images))
+
+
+@pytest.mark.parametrize(("codes", "says"), WRONG_CODES)
+def test_wrong_labels_are_one_line(codes, says):
+    """One factor of three labels; of a product's 4 + 1 + 4 codes every wrong one here is wrong too, but 3."""
+    one, images = Classifier(describe() | {"num_classes": 3}), torch.zeros(2, 3, 16, 16)
+    with pytest.raises(UserError, match=says):
+        one.log_prob(images, codes)
+    both = classifiers.Product([Classifier(describe() | {"num_classes": 2}) for _ in range(2)])
+    if torch.is_tensor(codes) and codes.tolist() == [0, 3]:
+        codes, says = torch.tensor([0, 9]), "no label 9: the labels' codes are 0 to 8"
+    with pytest.raises(UserError, match=says):
+        both.log_prob(images, codes)

@@ -108,6 +108,10 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("label: {factors: [{oracle: brightness}]}", "label.factors"),
         ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0, 4]]}", "there are 4 x 4 labels"),
         ("label: {factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0]]}", "a label of each factor"),
+        (
+            "label: {num_classes: 2, factors: [{oracle: brightness}, {oracle: jpeg_size}], held_out: [[0, 1], [1, 1]]}",
+            "label.held_out has all 2 combinations of jpeg_size 1: nothing could teach it",
+        ),
         ("label: {factors: [{oracle: brightness}, {oracles: jpeg_size}]}", "label.factors.1.oracles"),
         ("[1, 2]", "must hold keys and values"),
         ("a: [", "no valid YAML"),
@@ -131,16 +135,24 @@ def test_a_missing_key_is_named():
         check({}, schema)
 
 
-METHODS = {"dps": {"family": "guidance", "guidance": "mpgd"}, "smc": {"family": "particles", "guidance": "smc"}}
+METHODS = {"mpgd": {"family": "guidance", "guidance": "mpgd"}, "smc": {"family": "particles", "guidance": "smc"}}
 
 
 def test_every_guided_method_has_scales_and_every_scale_a_method():
     scales = {"num_images": 8, "mpgd": {"scale": [1.0]}}
     assert check_scales(METHODS, scales) is METHODS
-    with pytest.raises(UserError, match="method dps: no scales to try; add tuning.mpgd"):
+    with pytest.raises(UserError, match="method mpgd: no scales to try; add tuning.mpgd"):
         check_scales(METHODS, {"num_images": 8})
     with pytest.raises(UserError, match="unknown key tuning.mpdg; did you mean tuning.mpgd?"):
         check_scales(METHODS, scales | {"mpdg": {"scale": [1.0]}})
+
+
+def test_a_guidance_is_tuned_on_the_row_of_its_name():
+    scales = {"num_images": 8, "mpgd": {"scale": [1.0]}}
+    other = {"early": {"family": "guidance", "guidance": "mpgd"}}
+    assert check_scales(METHODS | other, scales) == METHODS | other, "its scale is that of the row mpgd"
+    with pytest.raises(UserError, match="method early: there is no row mpgd to tune its guidance on"):
+        check_scales(other, scales)
 
 
 def test_factors_inherit_the_label_and_multiply(tmp_path):

@@ -12,6 +12,7 @@ from ctrl.errors import UserError
 from ctrl.io import write_json
 from ctrl.labels import Categorical, Factors
 from ctrl.sampling import noise_of, sample
+from tests.test_labels import WRONG_CODES
 
 PROMPTS = ["coat", "a bag", "bag"]
 LABELS = torch.tensor([0, 2, 1])
@@ -164,11 +165,32 @@ def test_damaged_adapter_is_refused(tiny_sd, control, tmp_path, file, damage):
 
 
 def test_adapter_with_other_layers_is_refused(tiny_sd, control, tmp_path):
+    scramble(control)
     save(control, tmp_path / "a")
     described = json.loads((tmp_path / "a" / "adapter.json").read_text())
     write_json(tmp_path / "a" / "adapter.json", described | {"target_modules": ["to_q"]})
     with pytest.raises(UserError, match="layers"):
         controls.load(bases.load(tiny_sd), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("row", "says"), [(None, "label 0"), (1, "label 1 .b. changes no image: its embedding is that of no label")])
+def test_adapter_whose_label_changes_nothing_is_refused(tiny_sd, control, tmp_path, row, says):
+    scramble(control)
+    with torch.no_grad():
+        control.base.unet.class_embedding.weight[slice(None) if row is None else row] = 0
+    save(control, tmp_path / "a")
+    with pytest.raises(UserError, match=says):
+        controls.load(bases.load(tiny_sd), tmp_path / "a")
+
+
+@pytest.mark.parametrize(("labels", "says"), WRONG_CODES)
+def test_wrong_labels_are_one_line(base, control, process, labels, says):
+    says = says.replace("label 3: the labels' codes are 0 to 2", "label 4: the labels' codes are 0 to 3")
+    labels = labels + (labels == 3) if torch.is_tensor(labels) and labels.tolist() == [0, 3] else labels  # 3 is the null label
+    with pytest.raises(UserError, match=says):
+        control.denoiser(process, PROMPTS[:2], labels)
+    with pytest.raises(UserError, match=says):
+        control.guided_denoiser(process, PROMPTS[:2], labels, 2.0)
 
 
 def test_unknown_target_modules_are_refused(base):
@@ -234,3 +256,16 @@ def test_several_factors_start_as_the_base_and_a_free_one_has_no_say(tiny_sd, ba
     assert loaded.space == PAIR and loaded.null == 6
     drawn = sample(process, control.denoiser(process, PROMPTS, labels), noise)
     assert torch.equal(sample(process, loaded.denoiser(process, PROMPTS, labels), noise), drawn)
+
+
+@pytest.mark.parametrize("label", [(1, None), (None, 2), (0, 1)])
+def test_label_guidance_takes_a_label_that_leaves_a_factor_free(base, process, noise, label):
+    control = Control(base, PAIR, 4, ["to_q", "to_v", "conv1"])
+    scramble(control)
+    with torch.no_grad():
+        base.unet.class_embedding.weight[-1] = 0
+        codes = PAIR.check([label] * 3)
+        free, labelled = (control.denoiser(process, PROMPTS, y)(noise[0], 0) for y in (PAIR.check([None] * 3), codes))
+        guided = control.guided_denoiser(process, PROMPTS, codes, 2.5)(noise[0], 0)
+    assert torch.allclose(guided, free + 2.5 * (labelled - free), atol=1e-4)
+    assert not torch.allclose(free, labelled, atol=1e-2)

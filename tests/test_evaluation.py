@@ -139,6 +139,10 @@ def test_mistakes_are_told_in_one_line(folders, tmp_path, network):
         evaluation.load_samples(tmp_path / "none", "brightness", 4)
     with pytest.raises(UserError, match="asks for label 3, but the dataset has the labels 0 to 2"):
         evaluation.load_samples(folder, "brightness", 3)
+    edit(reference, label=0.5)
+    with pytest.raises(UserError, match="its labels are float64, not whole numbers"):
+        evaluation.load_samples(reference, "brightness", 4)
+    edit(reference, label=REQUESTED)
     samples, right = load(folders)
     with pytest.raises(UserError, match="compared with itself"):
         evaluation.evaluate(samples, samples, network, REPORT, CONFIG)

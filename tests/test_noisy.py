@@ -55,6 +55,14 @@ def test_log_prob_takes_the_step_and_has_a_gradient(fitted):
     assert (g[:, 0].mean((1, 2)) * (y[:5] - 0.5)).sum() > 0, "towards the label"
 
 
+@pytest.mark.parametrize(
+    "y", [torch.tensor([0, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0]), torch.tensor([0]), torch.tensor([[0, 1]])]
+)
+def test_wrong_labels_are_one_line(fitted, y):
+    with pytest.raises(UserError, match="label"):
+        fitted[0].log_prob(PROCESS, y)(SPLITS["val"][0][:2], 1)
+
+
 def test_training_follows_from_the_seed_and_keeps_the_best_epoch(fitted):
     again, history = noisy.fit(SPLITS, PROCESS, DESCRIPTION, CONFIG, seed=0)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in fitted[0].state_dict().items()) and history == fitted[1]
@@ -98,6 +106,7 @@ def test_script_measures_every_step_of_the_sampler(tiny_sd, tmp_path, monkeypatc
     for path, image in zip(paths, oracles.to_pil(pixels), strict=True):
         image.save(path)
     table = pd.DataFrame({"path": paths, "split": ["train", "train", "val", "calibration"] * 10, "label": [0, 1, 1, 0] * 10})
+    table.loc[40] = [str(tmp_path / "never_read.png"), "held_out", 1]
     io.write_parquet(tmp_path / "dataset" / "metadata.parquet", table)
     io.write_json(tmp_path / "dataset" / "report.json", {"num_classes": 2})
     io.write_json(

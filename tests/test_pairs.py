@@ -13,12 +13,14 @@ CELLS = [("coat", 0), ("bag", 0), ("coat", 1)]
 
 def test_impossible_cells_are_left_out():
     p = torch.tensor([[0.9, 0.1], [0.99, 0.01]])
-    assert possible_cells(p, ["coat", "bag"], 0.05) == [("coat", 0), ("coat", 1), ("bag", 0)]
+    assert possible_cells(p, ["coat", "bag"], ["large", "small"], 0.05) == [("coat", 0), ("coat", 1), ("bag", 0)]
 
 
 def test_a_label_that_no_subject_can_take_is_an_error():
-    with pytest.raises(UserError, match="label 1"):
-        possible_cells(torch.tensor([[0.99, 0.01]]), ["coat"], 0.05)
+    with pytest.raises(UserError, match=r"no subject gives the label small with probability 0.05 or more .*at most 0.01"):
+        possible_cells(torch.tensor([[0.99, 0.01]]), ["coat"], ["large", "small"], 0.05)
+    with pytest.raises(UserError, match="label small with probability 1e-06 or more"):
+        possible_cells(torch.tensor([[1.0, 0.0]]), ["coat"], ["large", "small"], 0)
 
 
 def test_labels_are_uniform_then_subjects():

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from ctrl.control import Control
+from ctrl.errors import UserError
 from ctrl.finetune import recipe
 from ctrl.finetune.recipe import Examples, Task, supervised_gradient
 from ctrl.finetune.supervised import supervised
+from ctrl.labels import Factors
 
 
 @pytest.fixture
@@ -77,6 +80,55 @@ def test_dropped_labels_teach_the_embedding_nothing(task, examples, monkeypatch)
     dropped = gradients(task, examples, 0)[1]
     assert dropped[name] is None or not dropped[name].any()
     assert any(g is not None and g.any() for k, g in dropped.items() if k != name)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (torch.tensor([0, 1, 2, 0, 1, 4]), "no label 4"),
+        (torch.tensor([0, 1, 2, 0, 1, -1]), "no label -1"),
+        (torch.tensor([0, 1, 2]), "one for each of the 6 images"),
+        (torch.zeros(6), "not torch.float32"),
+    ],
+)
+def test_examples_with_wrong_labels_are_one_line(task, examples, labels, says):
+    with pytest.raises(UserError, match=says):
+        supervised_gradient(task, Examples(examples.x_0, examples.prompts, labels), 4)
+
+
+def test_examples_without_a_prompt_are_one_line(task, examples):
+    with pytest.raises(UserError, match="5 prompts and 6 labels"):
+        supervised_gradient(task, Examples(examples.x_0, examples.prompts[:5], examples.labels), 4)
+
+
+def labels_asked_for(control, examples, monkeypatch, size, update=5):
+    """The codes of one update, without a network: what `supervised` would ask the denoiser for."""
+    asked = []
+    monkeypatch.setattr(control, "denoiser", lambda process, prompts, y: asked.append(y))
+
+    def spy(process, denoiser_of, x_0, rows, *args):
+        denoiser_of(process, rows)
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(recipe, "supervised", spy)
+    supervised_gradient(Task(control, control.base.process(4), [("coat", 0)], ["{}"], 1.0, 0), examples, size)(update)
+    return asked[0]
+
+
+def test_one_factor_is_dropped_by_the_numbers_that_it_always_was(control, examples, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    expected = examples.labels[torch.randint(6, (200,), generator=generator)]
+    expected[torch.rand(200, generator=generator) < recipe.LABEL_DROPOUT] = control.null
+    assert torch.equal(labels_asked_for(control, examples, monkeypatch, 200), expected)
+
+
+def test_each_factor_is_dropped_by_itself(base, examples, monkeypatch):
+    space = Factors.of([2, 3])
+    control = Control(base, space, 4, ["to_q"])
+    both = Examples(examples.x_0, examples.prompts, space.check([(0, 1), (1, 2)] * 3))
+    free = space.parts[labels_asked_for(control, both, monkeypatch, 10_000)] < 0
+    share = torch.tensor([(free == torch.tensor(pattern)).all(1).float().mean() for pattern in ([1, 0], [0, 1], [1, 1], [0, 0])])
+    assert share.tolist() == pytest.approx([0.09, 0.09, 0.01, 0.81], abs=0.02)
 
 
 def test_encoded_images_decode_to_themselves_in_scale(base):

@@ -95,6 +95,15 @@ def test_the_comparison_of_trainers_trains_each_recipe_with_each_seed(repository
     assert few["finetune"] == 6 and set(few) == set(jobs)
 
 
+def test_only_a_trainer_that_learns_from_the_classifier_is_given_it(repository):
+    adapters = [f"results/compressibility/adapters/{name}/adapter.json" for name in ("ctrl", "cfg_seed1", "ctrl_policy_gradient")]
+    done = snakemake(repository, "-n", "-p", "--cores", "2", *adapters)
+    assert done.returncode == 0, done.stdout
+    commands = re.findall(r"python scripts/finetune\.py.*?--name (\w+)(.*?)--output", done.stdout, re.DOTALL)
+    given = {name: "--classifier results/compressibility/classifier " in rest for name, rest in commands}
+    assert given == {"ctrl": True, "cfg_seed1": False, "ctrl_policy_gradient": False}
+
+
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
     done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
     assert done.returncode == 0, done.stdout
@@ -119,6 +128,7 @@ def test_other_datasets(repository, kind, first):
     [
         ("finetune: {gama: 3}", "unknown key finetune.gama; did you mean finetune.gamma?"),
         ("finetune: {gamma: 0}", "finetune.gamma is 0; it must be a finite number above 0"),
+        ("dataset: {kind: folder, path: no/pictures}", "dataset.path is no/pictures; there is no such folder of images"),
         ("label: {edges: [3.0, 2.0]}", "label.edges is [3.0, 2.0]; it must be a list of 1 or more entries, in ascending order"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctrl.control import Control
+from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
@@ -19,7 +20,7 @@ from ctrl.process import Denoiser, Process
 from ctrl.sampling import noise_of, sample
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
-LABEL_DROPOUT = 0.1  # of supervised fine-tuning, so that it also learns what no label means
+LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
 Cells = Sequence[tuple[str, int]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -46,13 +47,14 @@ class Examples:
 
 
 def train(
-    task: Task, log_prob: LogProb, probe: Callable[[int], dict[str, float]], config: dict, folder: Path, identity: str,
+    task: Task, log_prob: LogProb | None, probe: Callable[[int], dict[str, float]], config: dict, folder: Path, identity: str,
     on_row: Sequence[Callable[[dict], None]] = (), examples: Examples | None = None,
 ) -> list[dict]:  # fmt: skip
     """Trains `task.control` in place by the finetune section `config`; resumes a checkpoint of the same `identity`; returns the history.
 
     `log_prob(x_0, y, temperature)` gives nats with shape (B,), differentiable but for `policy_gradient`, to which it is a
-    black box; `probe` is a `probe_function`. The trainer `supervised` learns from `examples`, the others from trajectories.
+    black box; `probe` is a `probe_function`. The trainer `supervised` learns from `examples` (`log_prob` may be None), the others from
+    trajectories.
     """
     num_updates, warmup, decay = config["num_updates"], config["warmup_updates"], config["decay"]
     online = config["trainer"] != "supervised"
@@ -205,19 +207,25 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
 
 
 def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Callable[[int], dict[str, float]]:
-    """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022)."""
+    """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022).
+
+    With several factors each is dropped by itself: guidance is asked for labels that leave some of them free, too.
+    """
     control, process = task.control, task.process
+    labels, num_factors = control.space.check_codes(examples.labels, len(examples.x_0)), len(control.space.factors)
+    if len(examples.prompts) != len(labels):
+        raise UserError(f"the labelled images have {len(examples.prompts)} prompts and {len(labels)} labels: one of each is needed")
 
     def gradient(update: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
-        chosen = torch.randint(len(examples.labels), (batch_size,), generator=generator)
-        y = examples.labels[chosen]
-        y[torch.rand(batch_size, generator=generator) < LABEL_DROPOUT] = control.null
+        chosen = torch.randint(len(labels), (batch_size,), generator=generator)
+        dropped = torch.rand(num_factors, batch_size, generator=generator) < LABEL_DROPOUT
+        if num_factors > 1:  # guidance starts from no label at all, which is rare where each factor is dropped by itself
+            dropped |= torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
+        y = control.space.freed(labels[chosen], dropped.T)
 
-        psi, x_0 = (
-            control.denoiser(process, [examples.prompts[k] for k in chosen.tolist()], y),
-            examples.x_0[chosen.to(examples.x_0.device)],
-        )
+        psi = control.denoiser(process, [examples.prompts[k] for k in chosen.tolist()], y)
+        x_0 = examples.x_0[chosen.to(examples.x_0.device)]
         figures = supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process))
         return {"loss": figures["loss"].item()}
 

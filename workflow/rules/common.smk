@@ -13,7 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, dial_of, for_adapter, read_methods, recipe_of, resolve, split_strength
+from ctrl.config import UserError, check_scales, dial_of, for_adapter, needs_classifier, read_methods, recipe_of, resolve, split_strength
 
 
 def write_config(path: Path) -> None:
@@ -28,6 +28,8 @@ def write_config(path: Path) -> None:
 try:
     SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
     config |= resolve(json.loads(json.dumps(config)), SCHEMAS["config"])
+    if config["dataset"]["kind"] == "folder" and not Path(config["dataset"]["path"]).is_dir():
+        raise UserError(f"config: dataset.path is {config['dataset']['path']}; there is no such folder of images")
     METHODS = check_scales(read_methods("config/methods.tsv", SCHEMAS["methods"]), config["tuning"])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)

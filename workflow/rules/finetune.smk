@@ -10,7 +10,9 @@ rule finetune:
     input:
         code=CODE["finetune"],
         base=files_of(config["base"]["path"]),
-        classifier="results/{experiment}/classifier/model.safetensors",
+        classifier=lambda wildcards: (
+            f"{RESULTS}/classifier/model.safetensors" if needs_classifier(for_adapter(config, wildcards.adapter)) else []
+        ),
         cells="results/{experiment}/cells.json",
         report="results/{experiment}/dataset/report.json",
         features=files_of(config["evaluation"]["features"]),
@@ -34,7 +36,7 @@ rule finetune:
         depends=lambda wildcards: sections(
             "seed", "base", "sampler", "prompts.templates.train", "prompts.templates.val", "finetune", adapter=wildcards.adapter
         ),
-        classifier="results/{experiment}/classifier",
+        needs=lambda wildcards, input: flags({"classifier": input.classifier} if input.classifier else {}),
         dataset="results/{experiment}/dataset",
         reference="results/{experiment}/samples_val/rejection",
         output="results/{experiment}/adapters/{adapter}",
@@ -43,7 +45,7 @@ rule finetune:
         python scripts/finetune.py \
             --config {params.config:q} \
             --name {wildcards.adapter:q} \
-            --classifier {params.classifier:q} \
+            {params.needs:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \
             --reference {params.reference:q} \
