@@ -3,6 +3,7 @@
 #   snakemake --cores all all                                     the embedded default, config/config.yaml
 #   snakemake --cores all all --configfile config/smoke.yaml      every rule in minutes, with few steps and images
 #   snakemake --cores all paper                                   further rows of the table and the sweep of gamma; hours
+#   snakemake --cores all efficiency                              accuracy against the number of labelled images; hours
 #   snakemake --cores all all --configfile config/mixture.yaml    the proof on a Gaussian mixture, where the exact answer is known
 #   snakemake --profile slurm all                                 the same on a cluster
 
@@ -18,6 +19,7 @@ include: "workflow/rules/finetune.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/efficiency.smk"
 include: "workflow/rules/mixture.smk"
 
 

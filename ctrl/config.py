@@ -45,7 +45,7 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     return config
 
 
-VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?")
+VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?(?P<sample>_n[1-9]\d*)?")
 
 
 def recipe_of(name: str) -> str:
@@ -53,10 +53,15 @@ def recipe_of(name: str) -> str:
     return VARIANT.fullmatch(name)["recipe"]
 
 
+def sample_of(name: str) -> str:
+    """`_n300` of `ctrl_n300`, which learns from 300 labelled images, those of `dataset_n300`; empty for one that learns from all."""
+    return VARIANT.fullmatch(name)["sample"] or ""
+
+
 def for_adapter(config: dict, name: str) -> dict:
     """The configuration of one adapter: what `adapters` says of its recipe lies over the section `finetune`.
 
-    `ctrl_gamma3_seed1` is the recipe `ctrl` with gamma 3, trained with seed 1.
+    `ctrl_gamma3_seed1` is the recipe `ctrl` with gamma 3, trained with seed 1; `ctrl_n300` is `ctrl` itself, with fewer labelled images.
     """
     varied = VARIANT.fullmatch(name)
     changes = {"finetune": config["adapters"].get(varied["recipe"], {})}

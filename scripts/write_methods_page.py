@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctrl import errors, methods_page, tables
+from ctrl import efficiency, errors, methods_page, tables
 from ctrl.io import read_json, write_text
 from scripts.common import DEFAULTS, add_config_argument, load_config
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """The CSV of scripts/tabulate_results.py; UserError where it is missing or another table."""
+def read_table(path: Path, flag: str = "--table", script: str = "scripts/tabulate_results.py") -> pd.DataFrame:
+    """The CSV of `script`; UserError where it is missing or another table."""
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
-        raise errors.UserError(f"--table: {path} cannot be read ({error}); give the CSV of scripts/tabulate_results.py") from error
+        raise errors.UserError(f"{flag}: {path} cannot be read ({error}); give the CSV of {script}") from error
     if missing := {"method", "n"} - set(table):
-        raise errors.UserError(f"--table: {path} has no column {sorted(missing)[0]}; give the CSV of scripts/tabulate_results.py")
+        raise errors.UserError(f"{flag}: {path} has no column {sorted(missing)[0]}; give the CSV of {script}")
     return table
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples.json of the methods, for the devices")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="adapter.json of the adapters, for the devices")
     parser.add_argument("--command", required=True, help="the command that made the results")
+    parser.add_argument("--efficiency", type=Path, help="sample_efficiency.csv of scripts/plot_efficiency.py, for a section on it")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="pictures to show")
     parser.add_argument("--captions", type=Path, default=Path("workflow/report"), help="folder of captions (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
@@ -57,7 +58,10 @@ def main() -> None:
     if changed := methods_page.differences(config, defaults):
         origin.append(f"Settings that are not those of `config/config.yaml`: {', '.join(f'`{line}`' for line in changed)}.")
     figures = [captioned(path, args.captions, args.output, config) for path in args.figures]
-    write_text(args.output, methods_page.page(methods, table, config, origin, figures))
+    text = methods_page.page(methods, table, config, origin, figures)
+    if args.efficiency:
+        text += "\n" + efficiency.section(read_table(args.efficiency, "--efficiency", "scripts/plot_efficiency.py"))
+    write_text(args.output, text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, for_adapter, read_methods, recipe_of, resolve
+from ctrl.config import UserError, check_scales, for_adapter, read_methods, recipe_of, resolve, sample_of
 
 
 def write_config(path: Path) -> None:
@@ -73,6 +73,8 @@ CODE = {
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
+    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
+    "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
@@ -122,10 +124,11 @@ def row_of(name: str) -> dict:
 def sample_needs(wildcards) -> dict[str, str]:
     """What sampling by a method takes beside the base model, by the name of the script's argument."""
     noisy = "noisy_" if (row := row_of(wildcards.method))["guidance"] == "classifier_guidance" else ""
+    sample = sample_of(wildcards.method)  # `_n300`: of fewer labelled images
     needs = {
         "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
-        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/{noisy}classifier/model.safetensors",
-        "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}.json",
+        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/{noisy}classifier{sample}/model.safetensors",
+        "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}{sample}.json",
         "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
     }
     return {name: path for name, path in needs.items() if path}

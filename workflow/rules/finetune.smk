@@ -10,9 +10,9 @@ rule finetune:
     input:
         code=CODE["finetune"],
         base=files_of(config["base"]["path"]),
-        classifier="results/{experiment}/classifier/model.safetensors",
+        classifier=lambda wildcards: f"{RESULTS}/classifier{sample_of(wildcards.adapter)}/model.safetensors",
         cells="results/{experiment}/cells.json",
-        report="results/{experiment}/dataset/report.json",
+        report=lambda wildcards: f"{RESULTS}/dataset{sample_of(wildcards.adapter)}/report.json",
     output:
         lora="results/{experiment}/adapters/{adapter}/pytorch_lora_weights.safetensors",
         embedding="results/{experiment}/adapters/{adapter}/label_embedding.safetensors",
@@ -30,8 +30,8 @@ rule finetune:
     params:
         config="results/{experiment}/config.json",
         depends=lambda wildcards: sections("seed", "base", "sampler", "prompts.templates.train", "finetune", adapter=wildcards.adapter),
-        classifier="results/{experiment}/classifier",
-        dataset="results/{experiment}/dataset",
+        classifier=lambda wildcards: f"{RESULTS}/classifier{sample_of(wildcards.adapter)}",
+        dataset=lambda wildcards: f"{RESULTS}/dataset{sample_of(wildcards.adapter)}",
         output="results/{experiment}/adapters/{adapter}",
     shell:
         """
@@ -64,7 +64,7 @@ rule tune:
         "results/{experiment}/logs/tune_{method}.txt",
     benchmark:
         "results/{experiment}/benchmarks/tune_{method}.tsv"
-    threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][wildcards.method]["scale"]))
+    threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][row_of(wildcards.method)["guidance"]]["scale"]))
     resources:
         mem_mb=16000,
         runtime=360,
@@ -73,12 +73,13 @@ rule tune:
         depends=sections("seed", "base", "sampler", "prompts.templates.val", "tuning", "evaluation.features"),
         dataset="results/{experiment}/dataset",
         reference="results/{experiment}/samples_val/rejection",
+        method=lambda wildcards: row_of(wildcards.method)["method"],
         needs=lambda wildcards: flags(sample_needs(wildcards), "adapter", "classifier"),
     shell:
         """
         python scripts/tune.py \
             --config {params.config:q} \
-            --method {wildcards.method:q} \
+            --method {params.method:q} \
             {params.needs:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \

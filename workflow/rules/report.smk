@@ -152,7 +152,7 @@ rule sweep:
 rule write_methods_page:
     """The page on all methods, from the long table: what each computes and needs, its row, and what the figures say."""
     input:
-        code=["scripts/write_methods_page.py", "ctrl/methods_page.py", "ctrl/tables.py"],
+        code=["scripts/write_methods_page.py", *lib("methods_page efficiency tables")],
         methods="config/methods.tsv",
         table="results/{experiment}/tables/paper.csv",
         samples=expand("results/{{experiment}}/samples/{method}/samples.json", method=methods("paper")),
