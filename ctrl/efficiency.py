@@ -17,8 +17,8 @@ METRICS = {"accuracy": -1, "kid_rejection": 1, "kid_rejection_within": 1}  # 1: 
 SHOWN_HERE = ("accuracy", "kid_rejection", "kid_rejection_within", "diversity")
 TERMS = (
     "Images are those of the training split. CTRL's classifier also has the same share of the validation split, to choose an epoch by, and "
-    "of the calibration split; CFG has neither. Bins, cells, prompts, updates and batches are the same for every size. CFG's scale is "
-    "tuned for each size, on as many images as every other baseline's; some of the seeds measured here are among them.",
+    "of the calibration split; CFG has neither. Bins, cells, and what fine-tuning does but for the images are the same for every size. "
+    "CFG's scale is tuned for each size, on as many images as every other baseline's; some of the seeds measured here are among them.",
     "With pairs (x, y) alone, c unknown, CTRL's rows stay as they are: its classifier sees an image and its label, and its prompts are "
     "the config's, so that other prompts in the dataset give the same files byte for byte. CFG learns from triples (c, x, y): it cannot be "
     "trained at all.",
@@ -39,26 +39,24 @@ def build(
         name = evaluation["method"].removesuffix("_reference")  # another set of the same law
         method, sample = recipe_of(name), sample_of(name)
         row = {"method": method, "n": evaluation["n"]}
-        if method in ("ctrl", "cfg"):
-            given = reports if method == "cfg" else {s: reports[s] for s in reports if s in classifiers}
-            if sample not in given or (method == "cfg" and name not in tunings):
-                raise UserError(f"the evaluation of {name!r} has no dataset, classifier or tuning beside it; give all of one size")
-            row["num_images"] = sum(reports[sample]["counts"]["train"])
+        counts = {split: sum(labels) for split, labels in reports.get(sample, {}).get("counts", {}).items()}
+        if method in ("ctrl", "cfg") and not (counts and (sample in classifiers if method == "ctrl" else name in tunings)):
+            raise UserError(f"the evaluation of {name!r} has no dataset, classifier or tuning beside it; give all of one size")
         if method == "ctrl":
-            row |= {f"num_{split}": sum(reports[sample]["counts"][split]) for split in ("val", "calibration")}
-            row |= accuracies(classifiers[sample])
+            row |= {f"num_{split}": counts[split] for split in ("val", "calibration")} | accuracies(classifiers[sample])
         if method == "cfg":
             row["scale"] = tunings[name]["best"]["scale"]
+        if method in ("ctrl", "cfg"):
+            row["num_images"] = counts["train"]
         for metric, figure in evaluation["metrics"].items():
             row |= {metric: figure.get("value"), f"{metric}_lo": figure.get("lo"), f"{metric}_hi": figure.get("hi")}
         rows.append(row)
     first = ["method", "num_images", "num_val", "num_calibration", "n"]
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*first, *(c for c in table if c not in first)]).dropna(axis=1, how="all")
-    counts = [c for c in first[1:] if c in table]
     order = table["method"].map({name: k for k, name in enumerate(("pretrained", "rejection", "cfg", "ctrl"))})
     table = table.assign(order=order).sort_values(["order", "num_images"], kind="stable").drop(columns="order").reset_index(drop=True)
-    return table.astype(dict.fromkeys(counts, "Int64"))
+    return table.astype({c: "Int64" for c in first[1:] if c in table})
 
 
 def accuracies(metrics: dict) -> dict[str, float]:
@@ -95,12 +93,11 @@ def sentences(table: pd.DataFrame) -> list[str]:
         if {"ctrl", "cfg"} <= by_size.keys():
             parts.append(ahead(by_size["ctrl"], by_size["cfg"], metric))
         for method, rows in by_size.items():
-            enough = from_where_on(rows, rows.iloc[-1], metric)
-            parts.append(f"{NAMES[method]}'s cannot be told from that with all {count(rows.index[-1])} {since(enough, rows.index)}")
+            parts.append(worth_of_all(rows, metric, NAMES[method]))
             if metric.startswith("kid_") and len(floor):
                 reached = [size for size, row in rows.iterrows() if overlap(row, floor.iloc[0], metric)]
                 parts.append(f"{NAMES[method]}'s interval meets the noise floor's with {listed(reached)}")
-        lines.append(f"{heading}: {'; '.join(parts)}.")
+        lines.append(f"{heading}: {'; '.join(filter(None, parts))}.")
     seconds = {m: rows["train_seconds"].dropna() for m, rows in by_size.items() if "train_seconds" in rows}
     if took := [f"{s.min():.0f} to {s.max():.0f} s for {NAMES[m]}" for m, s in seconds.items() if len(s)]:
         lines.append(f"A training took {', '.join(took)}.")
@@ -118,18 +115,14 @@ def ahead(ctrl: pd.DataFrame, cfg: pd.DataFrame, metric: str) -> str:
     return ", ".join(leads + ([f"the intervals overlap with {listed(groups[''])}"] if groups[""] else []))
 
 
-def from_where_on(rows: pd.DataFrame, last: pd.Series, metric: str) -> int:
-    """The smallest number of images from which on every interval overlaps that of the most."""
-    enough = rows.index[-1]
-    for size, row in rows[::-1].iterrows():
-        if not overlap(row, last, metric):
-            break
-        enough = size
-    return enough
-
-
-def since(size: int, sizes: Sequence[int]) -> str:
-    return f"from {count(size)} on" if size != sizes[-1] else "with no fewer"
+def worth_of_all(rows: pd.DataFrame, metric: str, name: str) -> str:
+    """The smallest number of images from which on every interval overlaps that of all; `rows` are one method's, by number of images."""
+    *fewer, every = rows.index
+    same = [size for k, size in enumerate(fewer) if all(overlap(rows.loc[s], rows.loc[every], metric) for s in fewer[k:])]
+    if not fewer:
+        return ""
+    told = f"{count(same[0])} images cannot" if same else f"{count(fewer[-1])} images can still"
+    return f"{name} with {told} be told from {name} with all {count(every)}"
 
 
 def count(number: int | None) -> str:
