@@ -11,13 +11,13 @@ from ctrl.io import read_json, write_text
 from scripts.common import DEFAULTS, add_config_argument, load_config
 
 
-def read_table(path: Path, flag: str = "--table", script: str = "scripts/tabulate_results.py") -> pd.DataFrame:
-    """The CSV of `script`; UserError where it is missing or another table."""
+def read_table(path: Path, flag: str, script: str, columns: set[str]) -> pd.DataFrame:
+    """The CSV of `script`; UserError, naming the argument `flag`, where it is missing or another table."""
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise errors.UserError(f"{flag}: {path} cannot be read ({error}); give the CSV of {script}") from error
-    if missing := {"method", "n"} - set(table):
+    if missing := columns - set(table):
         raise errors.UserError(f"{flag}: {path} has no column {sorted(missing)[0]}; give the CSV of {script}")
     return table
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     args = parser.parse_args()
     config, defaults = load_config(args), load_config(argparse.Namespace(config=[DEFAULTS]))
-    table = read_table(args.table)
+    table = read_table(args.table, "--table", "scripts/tabulate_results.py", {"method", "n"})
     if unknown := set(table["method"]) - set((methods := tables.read_methods(args.methods))["method"]):
         raise errors.UserError(f"--table: {args.table} has a row {sorted(unknown)[0]!r}, which {args.methods} does not know")
 
@@ -60,7 +60,8 @@ def main() -> None:
     figures = [captioned(path, args.captions, args.output, config) for path in args.figures]
     text = methods_page.page(methods, table, config, origin, figures)
     if args.efficiency:
-        text += "\n" + efficiency.section(read_table(args.efficiency, "--efficiency", "scripts/plot_efficiency.py"))
+        known = read_table(args.efficiency, "--efficiency", "scripts/plot_efficiency.py", {"method", "n", "num_images"})
+        text += "\n" + efficiency.section(known)
     write_text(args.output, text)
 
 

@@ -15,6 +15,7 @@ from ctrl.errors import UserError
 from ctrl.figures.efficiency import sample_efficiency
 from ctrl.labels import factors_of
 from ctrl.subset import MIN_HELD_OUT, digests_of, subset
+from tests.repository import ROOT
 from tests.test_figures import size_of
 
 SHARES = {"train": 0.6, "val": 0.2, "calibration": 0.2}
@@ -285,3 +286,21 @@ def test_the_scripts(whole, tmp_path, monkeypatch):
     call(monkeypatch, plot_efficiency, *arguments, *(text for pair in outputs.items() for text in pair))
     assert outputs["--output-md"].read_text() == efficiency.section(efficiency.build(*made_table()))
     assert len(pd.read_csv(outputs["--output-csv"])) == 8 and size_of(outputs["--output-figure"])[0] == 1260
+
+
+def test_the_page_on_all_methods_takes_the_section(tmp_path, monkeypatch):
+    from scripts import write_methods_page
+
+    table = efficiency.build(*made_table())
+    table.to_csv(tmp_path / "efficiency.csv", index=False)
+    rows = table[table["method"] == "pretrained"].drop(columns="num_images")
+    rows.to_csv(tmp_path / "paper.csv", index=False)
+    io.write_json(tmp_path / "samples.json", {"device": "a CPU"})
+    monkeypatch.chdir(ROOT)
+    arguments = ["--table", tmp_path / "paper.csv", "--samples", tmp_path / "samples.json", "--command", "x", "--output", tmp_path / "p.md"]
+    call(monkeypatch, write_methods_page, *arguments)
+    without = (tmp_path / "p.md").read_text()
+    call(monkeypatch, write_methods_page, *arguments, "--efficiency", tmp_path / "efficiency.csv")
+    assert (tmp_path / "p.md").read_text() == without + "\n" + efficiency.section(table)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, write_methods_page, *arguments, "--efficiency", tmp_path / "paper.csv")
