@@ -3,6 +3,7 @@
 #   snakemake --cores all all                                     the embedded default, config/config.yaml
 #   snakemake --cores all all --configfile config/smoke.yaml      every rule in minutes, with few steps and images
 #   snakemake --cores all paper                                   further rows of the table, the sweep of gamma, the strength dial; hours
+#   snakemake --cores all efficiency                              accuracy against the number of labelled images; hours
 #   snakemake --cores all all --configfile config/mixture.yaml    the proof on a Gaussian mixture, where the exact answer is known
 #   snakemake --profile slurm all                                 the same on a cluster
 
@@ -20,6 +21,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/strength.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/trainers.smk"
+include: "workflow/rules/efficiency.smk"
 include: "workflow/rules/mixture.smk"
 
 

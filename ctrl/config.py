@@ -52,7 +52,7 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     return config
 
 
-VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?")
+VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?(?P<sample>_n[1-9]\d*)?")
 
 
 def recipe_of(name: str) -> str:
@@ -69,15 +69,31 @@ def split_strength(method: str) -> tuple[str, dict[str, str]]:
     return (dialled["method"], {"strength": dialled["strength"]}) if dialled else (method, {})
 
 
+def sweep_of(config: dict) -> list[str]:
+    """The adapters of the sweep of gamma: the configured gamma is `ctrl` itself."""
+    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
+
+
+def compared_of(config: dict) -> list[str]:
+    """The adapters of the comparison of trainers: the configured seed is the recipe itself."""
+    recipes, seeds = config["trainers"]["recipes"], config["trainers"]["seeds"]
+    return [name if seed == config["seed"] else f"{name}_seed{seed}" for name in recipes for seed in seeds]
+
+
 def dial_of(config: dict) -> list[str]:
     """The methods of the strength dial, by strength: 1 is `ctrl` itself."""
     return ["ctrl" if s == 1 else f"ctrl_strength{format(Decimal(str(s)).normalize(), 'f')}" for s in config["strengths"]]
 
 
+def sample_of(name: str) -> str:
+    """`_n300` of `ctrl_n300`, which learns from 300 labelled images, those of `dataset_n300`; empty for one that learns from all."""
+    return VARIANT.fullmatch(name)["sample"] or ""
+
+
 def for_adapter(config: dict, name: str) -> dict:
     """The configuration of one adapter: what `adapters` says of its recipe lies over the section `finetune`.
 
-    `ctrl_gamma3_seed1` is the recipe `ctrl` with gamma 3, trained with seed 1.
+    `ctrl_gamma3_seed1` is the recipe `ctrl` with gamma 3, trained with seed 1; `ctrl_n300` is `ctrl` itself, with fewer labelled images.
     """
     varied = VARIANT.fullmatch(name)
     changes = {"finetune": config["adapters"].get(varied["recipe"], {})}

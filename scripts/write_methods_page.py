@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctrl import errors, methods_page, strength_page, tables
+from ctrl import efficiency, errors, methods_page, strength_page, tables
 from ctrl.io import read_json, write_text
 from scripts.common import DEFAULTS, add_config_argument, load_config
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="adapter.json of the adapters, for the devices")
     parser.add_argument("--command", required=True, help="the command that made the results")
     parser.add_argument("--strength", type=Path, help="CSV of scripts/compare_strengths.py, for the section on the strength dial")
+    parser.add_argument("--efficiency", type=Path, help="sample_efficiency.csv of scripts/plot_efficiency.py, for a section on it")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="pictures to show")
     parser.add_argument("--trainers", type=Path, help="Markdown of scripts/compare_trainers.py, to be part of the page")
     parser.add_argument("--captions", type=Path, default=Path("workflow/report"), help="folder of captions (default: %(default)s)")
@@ -52,6 +53,9 @@ def main() -> None:
     if args.strength:
         columns = {"dial", "setting", "gamma", "n", "nearest_gamma"}
         sections.append(strength_page.section(read_table(args.strength, "--strength", columns, "scripts/compare_strengths.py")))
+    if args.efficiency:
+        known = read_table(args.efficiency, "--efficiency", {"method", "n", "num_images"}, "scripts/plot_efficiency.py")
+        sections.append(efficiency.section(known))
     if unknown := set(table["method"]) - set((methods := tables.read_methods(args.methods))["method"]):
         raise errors.UserError(f"--table: {args.table} has a row {sorted(unknown)[0]!r}, which {args.methods} does not know")
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, check_scales, dial_of, for_adapter, merge, recipe_of, resolve, split_strength
+from ctrl.config import MIXTURE, check, check_scales, dial_of, for_adapter, merge, recipe_of, resolve, sample_of, split_strength
 from ctrl.errors import UserError
 from ctrl.finetune.objective import effective_gamma
 from scripts import common
@@ -103,6 +103,9 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("gamma_sweep: []", "gamma_sweep is []"),
         ("strengths: [-1, 1]", "strengths.0 is -1; it must be a finite number at least 0"),
         ("strengths: [1, 1]", "strengths is [1, 1]; it must be a list of 1 or more entries, in ascending order"),
+        ("sample_sizes: [0, 10]", "sample_sizes.0 is 0; it must be a whole number at least 1"),
+        ("sample_sizes: [30, 10]", "sample_sizes is [30, 10]; it must be a list of 1 or more entries, in ascending order"),
+        ("sample_sizes: [1.5]", "sample_sizes.0 is 1.5; it must be a whole number"),
         ("label: {held_out: [[0, 1]]}", "without label.factors there are no combinations"),
         ("label: {factors: [{oracle: brightness}, {oracle: brightness}]}", "names an oracle twice"),
         ("label: {factors: [{oracle: brightness}]}", "label.factors"),
@@ -170,6 +173,10 @@ def test_the_name_of_an_adapter_says_what_it_varies(tmp_path):
     assert one["finetune"] == for_adapter(defaults, "cfg")["finetune"] | {"gamma": 0.5} and one["seed"] == 3
     assert for_adapter(defaults, "ctrl") == defaults
     assert [recipe_of(n) for n in ("ctrl", "ctrl_adjoint", "ctrl_gamma30", "cfg_seed1")] == ["ctrl", "ctrl_adjoint", "ctrl", "cfg"]
+    fewer = "ctrl_gamma3_seed1_n300"
+    assert (recipe_of(fewer), sample_of(fewer)) == ("ctrl", "_n300")
+    assert for_adapter(defaults, fewer) == for_adapter(defaults, "ctrl_gamma3_seed1"), "fewer images, and nothing else"
+    assert [sample_of(n) for n in ("ctrl", "ctrl_gamma3", "ctrl_n0", "ctrl_n03", "mpgd")] == [""] * 5
 
 
 def test_the_name_of_a_method_says_its_strength(tmp_path):

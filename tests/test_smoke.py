@@ -153,3 +153,19 @@ def test_parts_of_the_long_run(repository, results):
     assert (costs["smc"]["effective_sample_size"].map(len) == steps + 1).all()
     assert passes["smc"] == passes["svdd"] == 2 * steps, "two particles an image"
     assert passes["cfg"] > steps
+
+
+def test_sample_efficiency(repository, results):
+    """Each method with fewer labelled images and with all, where the adapters with all are those that there are."""
+    trained = (results / "adapters" / "ctrl" / "adapter.json").stat().st_mtime_ns
+    done = snakemake(repository, "efficiency", *ARGUMENTS, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert (results / "adapters" / "ctrl" / "adapter.json").stat().st_mtime_ns == trained
+    table = pd.read_csv(results / "tables" / "sample_efficiency.csv")
+    every = sum(json.loads((results / "dataset" / "report.json").read_text())["counts"]["train"])
+    assert table["method"].tolist() == ["pretrained", "rejection", "cfg", "cfg", "ctrl", "ctrl"]
+    assert table["num_images"].dropna().tolist() == [100, every] * 2
+    assert table.loc[table["method"] == "rejection", "accuracy"].item() == 1
+    assert table["scale"].notna().tolist() == (table["method"] == "cfg").tolist()
+    assert (results / "figures" / "sample_efficiency.png").is_file()
+    assert (results / "tables" / "sample_efficiency.md").read_text().startswith("## How many labelled images it takes")

@@ -46,6 +46,8 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "plot_sweep": {"ctrl/figures/__init__.py"},
     "compare_strengths": {"ctrl/figures/__init__.py"},
     "compare_trainers": {"ctrl/figures/__init__.py"},
+    "plot_efficiency": {"ctrl/figures/__init__.py", "ctrl/oracles.py"},
+    "subset_dataset": {"ctrl/labels.py", "ctrl/oracles.py"},
 }
 
 
@@ -102,6 +104,27 @@ def test_only_a_trainer_that_learns_from_the_classifier_is_given_it(repository):
     commands = re.findall(r"python scripts/finetune\.py.*?--name (\w+)(.*?)--output", done.stdout, re.DOTALL)
     given = {name: "--classifier results/compressibility/classifier " in rest for name, rest in commands}
     assert given == {"ctrl": True, "cfg_seed1": False, "ctrl_policy_gradient": False}
+
+
+def test_sample_efficiency_trains_each_method_once_for_each_number_of_images(repository):
+    jobs, sizes = plan(repository, "efficiency"), 4
+    assert jobs["subset_dataset"] == jobs["train_classifier_subset"] == sizes and jobs["train_classifier"] == 1
+    assert jobs["finetune"] == 2 * (sizes + 1), "ctrl and cfg; all images are the ordinary adapters"
+    assert jobs["tune"] == sizes + 1, "a scale of its own for each cfg, none for ctrl"
+    assert jobs["evaluate_val"] == 2 * (sizes + 1) + 2 and jobs["sample_val"] == jobs["evaluate_val"] + 1, "and the reference"
+    assert jobs["build_dataset"] == jobs["estimate_cells"] == jobs["plot_efficiency"] == 1 and not {"sample", "evaluate"} & set(jobs)
+    assert not {"subset_dataset", "plot_efficiency"} & set(plan(repository, "paper"))
+
+
+def test_fewer_images_are_those_of_the_dataset_the_classifier_and_the_scale(repository):
+    done = snakemake(repository, "-n", "-p", "--cores", "2", "results/compressibility/samples_val/cfg_n300/samples.parquet")
+    assert done.returncode == 0, done.stdout
+    blocks = {re.match(r"\w+", block)[0]: block for block in done.stdout.split("\nrule ")[1:]}
+    assert "--name cfg_n300" in blocks["finetune"] and "--dataset results/compressibility/dataset_n300" in blocks["finetune"]
+    assert "--classifier results/compressibility/classifier_n300" in blocks["finetune"]
+    assert "--method cfg " in blocks["tune"] and "--adapter results/compressibility/adapters/cfg_n300" in blocks["tune"]
+    assert "--tuning results/compressibility/tuning/cfg_n300.json" in blocks["sample_val"]
+    assert "--classifier results/compressibility/classifier " in blocks["estimate_cells"], "cells are those of the experiment"
 
 
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):

@@ -13,7 +13,8 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, dial_of, for_adapter, needs_classifier, read_methods, recipe_of, resolve, split_strength
+from ctrl.config import UserError, check_scales, compared_of, dial_of, for_adapter, needs_classifier, read_methods, recipe_of, resolve
+from ctrl.config import sample_of, split_strength, sweep_of
 
 
 def write_config(path: Path) -> None:
@@ -38,7 +39,6 @@ except UserError as error:
 RESULTS = f"results/{config['experiment']}"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 CORES = workflow._cores or 2  # on a cluster, this many
-TRAINED = [r if s == config["seed"] else f"{r}_seed{s}" for r in config["trainers"]["recipes"] for s in config["trainers"]["seeds"]]
 write_config(Path(RESULTS) / "config.json")
 
 
@@ -78,6 +78,8 @@ CODE = {
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
+    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
+    "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
@@ -113,11 +115,6 @@ def adapters(table: str) -> list[str]:
     return list(dict.fromkeys(METHODS[name]["adapter"] for name in methods(table) if METHODS[name]["adapter"]))
 
 
-def sweep_adapters() -> list[str]:
-    """`ctrl` itself is the one with the configured gamma."""
-    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
-
-
 def row_of(name: str) -> dict:
     """The row of methods.tsv behind a folder of samples: `rejection_reference` is rejection again, `ctrl_gamma3_strength2` CTRL so."""
     name, dialled = (name, {}) if name in METHODS else split_strength(name)
@@ -129,10 +126,11 @@ def row_of(name: str) -> dict:
 def sample_needs(wildcards) -> dict[str, str]:
     """What sampling by a method takes beside the base model, by the name of the script's argument."""
     noisy = "noisy_" if (row := row_of(wildcards.method))["guidance"] == "classifier_guidance" else ""
+    sample = sample_of(wildcards.method)  # `_n300`: of fewer labelled images
     needs = {
         "adapter": row["adapter"] and f"{RESULTS}/adapters/{row['adapter']}/adapter.json",
-        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/{noisy}classifier/model.safetensors",
-        "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}.json",
+        "classifier": (row["adapter"] or row["guidance"]) and f"{RESULTS}/{noisy}classifier{sample}/model.safetensors",
+        "tuning": row["family"] in ("guidance", "cfg") and f"{RESULTS}/tuning/{row['guidance']}{sample}.json",
         "dataset": row["family"] == "rejection" and f"{RESULTS}/dataset/report.json",
     }
     return {name: path for name, path in needs.items() if path}

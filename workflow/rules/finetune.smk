@@ -11,10 +11,12 @@ rule finetune:
         code=CODE["finetune"],
         base=files_of(config["base"]["path"]),
         classifier=lambda wildcards: (
-            f"{RESULTS}/classifier/model.safetensors" if needs_classifier(for_adapter(config, wildcards.adapter)) else []
+            f"{RESULTS}/classifier{sample_of(wildcards.adapter)}/model.safetensors"
+            if needs_classifier(for_adapter(config, wildcards.adapter))
+            else []
         ),
         cells="results/{experiment}/cells.json",
-        report="results/{experiment}/dataset/report.json",
+        report=lambda wildcards: f"{RESULTS}/dataset{sample_of(wildcards.adapter)}/report.json",
         features=files_of(config["evaluation"]["features"]),
         reference=ancient("results/{experiment}/samples_val/rejection/samples.parquet"),  # of the probe alone: no reason to train again
     output:
@@ -37,7 +39,7 @@ rule finetune:
             "seed", "base", "sampler", "prompts.templates.train", "prompts.templates.val", "finetune", adapter=wildcards.adapter
         ),
         needs=lambda wildcards, input: flags({"classifier": input.classifier} if input.classifier else {}),
-        dataset="results/{experiment}/dataset",
+        dataset=lambda wildcards: f"{RESULTS}/dataset{sample_of(wildcards.adapter)}",
         reference="results/{experiment}/samples_val/rejection",
         output="results/{experiment}/adapters/{adapter}",
     shell:
@@ -72,7 +74,7 @@ rule tune:
         "results/{experiment}/logs/tune_{method}.txt",
     benchmark:
         "results/{experiment}/benchmarks/tune_{method}.tsv"
-    threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][wildcards.method]["scale"]))
+    threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][row_of(wildcards.method)["guidance"]]["scale"]))
     resources:
         mem_mb=16000,
         runtime=360,
@@ -81,12 +83,13 @@ rule tune:
         depends=sections("seed", "base", "sampler", "prompts.templates.val", "tuning", "evaluation.features"),
         dataset="results/{experiment}/dataset",
         reference="results/{experiment}/samples_val/rejection",
+        method=lambda wildcards: row_of(wildcards.method)["method"],
         needs=lambda wildcards: flags(sample_needs(wildcards), "adapter", "classifier"),
     shell:
         """
         python scripts/tune.py \
             --config {params.config:q} \
-            --method {wildcards.method:q} \
+            --method {params.method:q} \
             {params.needs:q} \
             --cells {input.cells:q} \
             --dataset {params.dataset:q} \

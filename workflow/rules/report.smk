@@ -124,7 +124,7 @@ rule plot_sweep:
     """Accuracy, kid_rejection, diversity and KL against gamma, on validation prompts."""
     input:
         code=CODE["plot_sweep"],
-        evaluations=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=sweep_adapters()),
+        evaluations=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=sweep_of(config)),
     output:
         figure=report("results/{experiment}/figures/gamma_sweep.png", caption="../report/gamma_sweep.rst", category="6 Long run"),
     log:
@@ -152,7 +152,7 @@ rule sweep:
 rule write_methods_page:
     """The page on all methods, from the long table: what each computes and needs, its row, and what the figures say."""
     input:
-        code=["scripts/write_methods_page.py", *lib("methods_page strength strength_page tables")],
+        code=["scripts/write_methods_page.py", *lib("methods_page efficiency strength strength_page tables")],
         methods="config/methods.tsv",
         table="results/{experiment}/tables/paper.csv",
         samples=expand("results/{{experiment}}/samples/{method}/samples.json", method=methods("paper")),

@@ -9,7 +9,7 @@ rule compare_strengths:
     input:
         code=CODE["compare_strengths"],
         strengths=expand("results/{{experiment}}/evaluation_val/{method}.json", method=dial_of(config)),
-        gammas=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=sweep_adapters()),
+        gammas=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=sweep_of(config)),
     output:
         csv="results/{experiment}/tables/strength.csv",
         figure=report("results/{experiment}/figures/strength.png", caption="../report/strength.rst", category="6 Long run"),

@@ -9,9 +9,9 @@ rule compare_trainers:
     """Curves and table of every recipe and seed. Trainings that share a machine slow each other down: run this with one job at a time."""
     input:
         code=CODE["compare_trainers"],
-        adapters=expand("results/{{experiment}}/adapters/{adapter}/adapter.json", adapter=TRAINED),
-        histories=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=TRAINED),
-        evaluations=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=TRAINED),
+        adapters=expand("results/{{experiment}}/adapters/{adapter}/adapter.json", adapter=compared_of(config)),
+        histories=expand("results/{{experiment}}/adapters/{adapter}/history.jsonl", adapter=compared_of(config)),
+        evaluations=expand("results/{{experiment}}/evaluation_val/{adapter}.json", adapter=compared_of(config)),
     output:
         figure=report("results/{experiment}/figures/trainers.png", caption="../report/trainers.rst", category="7 Trainers"),
         csv="results/{experiment}/tables/trainers.csv",
@@ -23,7 +23,7 @@ rule compare_trainers:
         runtime=5,
     params:
         config="results/{experiment}/config.json",
-        adapters=expand("results/{{experiment}}/adapters/{adapter}", adapter=TRAINED),
+        adapters=expand("results/{{experiment}}/adapters/{adapter}", adapter=compared_of(config)),
     shell:
         """
         python scripts/compare_trainers.py \
