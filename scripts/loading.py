@@ -41,12 +41,20 @@ def load_method(name: str, path: Path) -> pd.Series:
 
 def load_cells(path: Path) -> list[tuple[str, int]]:
     """The (subject, label) pairs of cells.json that the table asks for."""
-    return [(subject, int(label)) for subject, label in read_json(path)["cells"]]
+    return [(subject, int(label)) for subject, label in read_cells(path)["cells"]]
+
+
+def read_cells(path: Path) -> dict:
+    """cells.json; UserError where it lists no pairs."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.get("cells"):
+        raise UserError(f"{path} has no (subject, label) pair: run scripts/estimate_cells.py again, with a lower cells.min_probability")
+    return content
 
 
 def load_training_cells(path: Path) -> list[tuple[str, int]]:
     """The pairs to train on: with several factors also labels that leave some of them free, and no combination that is held out."""
-    cells = read_json(path)
+    cells = read_cells(path)
     held_out = cells.get("held_out", [])
     training = [(subject, int(label)) for subject, label in cells["cells"] + cells.get("free", []) if label not in held_out]
     if not training:
