@@ -125,7 +125,10 @@ def main() -> None:
         measured, findings, settings = diagnose(config, pieces, args)
         costs = {}
         if not args.no_trainers:
-            costs, more = trainer_costs(config, args, pieces["dataset"][2], free_mb)
+            examples = pieces["dataset"][2]
+            pieces.clear()  # what is measured next has the memory to itself
+            torch.cuda.empty_cache()
+            costs, more = trainer_costs(config, args, examples, free_mb)
             findings += more
         text = suggestion.fragment([*suggestion.trainer_and_memory(costs, free_mb, not settings), *settings])
         resolve(merge(config, yaml.safe_load(text) or {}), read_json(SCHEMA), "the suggested settings")
