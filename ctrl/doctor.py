@@ -45,17 +45,19 @@ def check_pieces(base: Base, classifier: Classifier | Product, space: Factors, c
 
 
 def recipes(config: dict, examples: bool) -> dict[str, dict]:
-    """The configuration that each trainer would run with: that of the first adapter that has it, or what `finetune` says of the rest.
+    """The configuration that each trainer would run with: `finetune` with that trainer; for `supervised`, the first adapter that has it.
 
     `supervised` only where there are `examples`. A configuration that contradicts itself is left out: adjoint matching without a KL.
     """
     found = {}
     for trainer in ("backprop", "adjoint", "policy_gradient", *(["supervised"] if examples else [])):
-        named = (for_adapter(config, name) for name in ["ctrl", *config["adapters"]])
-        changes = {"trainer": trainer, "truncation": config["finetune"]["truncation"] if trainer == "backprop" else None}
+        changes = {"trainer": trainer} | ({} if trainer == "backprop" else {"truncation": None})
         if trainer == "policy_gradient":
             changes["checkpoint_every"] = config["finetune"]["policy_gradient"]["reuse"]
-        one = next((c for c in named if c["finetune"]["trainer"] == trainer), merge(config, {"finetune": changes}))
+        one = merge(config, {"finetune": changes})
+        if trainer == "supervised":
+            named = (for_adapter(config, name) for name in config["adapters"])
+            one = next((c for c in named if c["finetune"]["trainer"] == trainer), one)
         try:
             check_across(one)
         except UserError:
