@@ -107,8 +107,17 @@ def memory_text(name: str, cost: Mapping, free_mb: float | None) -> str | None:
     return f"memory: {name} takes {taken}; lower finetune.{key} ({cost[key]}){more}"
 
 
-def fragment(settings: Sequence[Setting]) -> str:
-    """YAML to be laid over a config; nothing where there is nothing to say."""
+def fragment(settings: Sequence[Setting], adapters: Mapping[str, Mapping]) -> str:
+    """YAML to be laid over a config; nothing where there is nothing to say.
+
+    Of the config's `adapters`, those that only back-propagation can train keep it, whatever the trainer of the rest.
+    """
     if not settings:
         return ""
-    return "finetune:\n" + "".join(f"  # {s.reason}\n  {s.key}: {s.value}\n" for s in settings)
+    text = "finetune:\n" + "".join(f"  # {s.reason}\n  {s.key}: {s.value}\n" for s in settings)
+    if any(s.key == "trainer" and s.value != "backprop" for s in settings):
+        bound = [name for name, a in adapters.items() if "trainer" not in a and (a.get("kl_weight") == 0 or a.get("truncation"))]
+        if bound:
+            text += "adapters:\n  # without a KL, or truncated: for back-propagation alone\n"
+        text += "".join(f"  {name}: {{trainer: backprop}}\n" for name in bound)
+    return text

@@ -130,7 +130,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             costs, more = trainer_costs(config, args, examples, free_mb)
             findings += more
-        text = suggestion.fragment([*suggestion.trainer_and_memory(costs, free_mb, not settings), *settings])
+        text = suggestion.fragment([*suggestion.trainer_and_memory(costs, free_mb, not settings), *settings], config["adapters"])
         resolve(merge(config, yaml.safe_load(text) or {}), read_json(SCHEMA), "the suggested settings")
         report |= {**measured, "trainers": costs, "suggestion": text}
     report["findings"] = [{"bad": finding.bad, "text": finding.text} for finding in findings]

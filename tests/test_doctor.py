@@ -229,7 +229,7 @@ def test_the_largest_micro_batch_that_fits():
 
 def chosen(costs, free, dull=False) -> dict:
     settings = suggestion.trainer_and_memory(costs, free, dull)
-    text = suggestion.fragment(settings)
+    text = suggestion.fragment(settings, CONFIG["adapters"])
     resolve(merge(CONFIG, {"finetune": {"batch_size": 8, "truncation": [1, 2]}}, yaml.safe_load(text)), io.read_json(SCHEMA))
     assert all(f"# {s.reason}" in text for s in settings)
     return yaml.safe_load(text)["finetune"]
@@ -247,7 +247,7 @@ def test_the_trainer_that_fits():
     assert killed["trainer"] == "adjoint"
     found = chosen({"backprop": cost(), "policy_gradient": cost("policy_gradient", reuse=3)}, 2000, dull=True)
     assert found["trainer"] == "policy_gradient" and found["checkpoint_every"] % 3 == 0
-    assert suggestion.trainer_and_memory({}, 2000, False) == [] and suggestion.fragment([]) == ""
+    assert suggestion.trainer_and_memory({}, 2000, False) == [] and suggestion.fragment([], CONFIG["adapters"]) == ""
 
 
 def test_too_much_memory_is_a_line_with_the_setting_to_lower():
