@@ -1,5 +1,6 @@
 # make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
 # make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the strength dial, the page on all methods
+# make doctor checks the pieces in RESULTS (a folder of results/ with classifier, cells.json, dataset), and what training on them takes
 # make ui     MLflow's pages on what the runs logged
 # make test   all tests;  make lint  style
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RESULTS := results/compressibility
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo paper test lint ui format
+.PHONY: demo paper doctor test lint ui format
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +43,10 @@ paper: $(VENV)/.installed
 	@cat $(RESULTS)/tables/paper.md
 	@echo "Sweep of gamma: $(RESULTS)/figures/gamma_sweep.png"
 	@echo "All methods on one page: $(RESULTS)/methods.md"
+
+doctor: $(VENV)/.installed
+	@python scripts/doctor.py --config $(RESULTS)/config.json --classifier $(RESULTS)/classifier --cells $(RESULTS)/cells.json \
+		--dataset $(RESULTS)/dataset
 
 ui: $(VENV)/.installed
 	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }

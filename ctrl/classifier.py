@@ -44,7 +44,7 @@ class Classifier(nn.Module):
 
     def outputs(self, images: Tensor) -> Tensor:
         """The network's outputs for images in [-1, 1] with shape (B, 3, H, W)."""
-        return self.network(self.network.features(straight_through(images) if self.rounding else images.float()))
+        return self.network(self.network.features(straight_through(images) if self.rounding else images.to(self.temperature.dtype)))
 
     def log_probs(self, images: Tensor, temperature: float = 1.0) -> Tensor:
         """log p(y | x) of every label, shape (B, K), for images in [-1, 1]; `temperature` > 1 softens the calibrated classifier."""

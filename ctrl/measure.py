@@ -1,12 +1,21 @@
-"""Seconds, measured on this machine: of any function, and of one update by each trainer."""
+"""Seconds and memory, measured on this machine: of any function, and of one update by each trainer."""
 
+import math
+import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import torch
 
-from ctrl.finetune.recipe import Examples, LogProb, Task, gradient_function, supervised_gradient, updates_per_draw
+from ctrl.base import Base
+from ctrl.errors import UserError
+from ctrl.finetune import loop
+from ctrl.finetune.recipe import Examples, LogProb, Task, gradient_function, optimizer_of, supervised_gradient, updates_per_draw
 
 
 def seconds(function: Callable[[], object], device: torch.device | str = "cpu", repeats: int = 2) -> float:
@@ -52,3 +61,81 @@ def update_seconds(task: Task, log_prob: LogProb, config: dict, size: int, repea
     coarse, last = (seconds(lambda u=u: updates_of_a_draw(u), device, repeats) / group for u in starts)
     share = config["coarse"]["end"]
     return config["batch_size"] / size * (share * coarse + (1 - share) * last)
+
+
+class Killed(UserError):
+    """A process that ended without an answer."""
+
+
+def alone(function: Callable, *arguments: object) -> object:
+    """`function(*arguments)` in a new process, whose peak memory is that of nothing else. Raises Killed where it was killed."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise Killed("its process was killed, perhaps for its memory") from error
+
+
+def peak_memory_mb(base: Base) -> float:
+    """The most memory that this process held; unlike `getrusage`'s, the machine's own figure does not start at the parent's."""
+    status = Path("/proc/self/status")
+    if base.device.type == "cuda" or not status.exists():
+        return base.peak_memory_mb()
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+
+
+def free_memory_mb(device: torch.device | str = "cpu") -> float | None:
+    """What a new process can still take: of the GPU, or of the machine or this container; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("anon "))
+        return min(free, (int((group / "memory.max").read_text()) - used) / 2**20)
+    except (OSError, StopIteration, ValueError):  # no container, or one without a limit
+        return free
+
+
+def update_cost(task: Task, log_prob: LogProb, config: dict) -> dict:
+    """What an update of the finetune section `config` costs: measured on one micro-batch, scaled to `batch_size`.
+
+    Timed are an update of long steps and one of the sampler's own, after one that is not counted, and each with those that learn from the
+    same trajectories. Time grows with the number of micro-batches, memory does not; but `policy_gradient` keeps its trajectories, and
+    `supervised` takes its whole batch at a time.
+    """
+    base, size, batch, num = task.control.base, config["micro_batch_size"], config["batch_size"], config["num_updates"]
+    reuse = updates_per_draw(config)
+    share = config["coarse"]["end"]
+    phases = [(share, 0), (1 - share, math.ceil(share * num / reuse) * reuse)]
+    weights = {first + k: weight / reuse for weight, first in phases if weight for k in range(reuse)}
+    numbers, gradient, before = [min(weights), *weights], update_function(task, log_prob, config, size), peak_memory_mb(base)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = loop.run(
+            task.control.parameters(), optimizer_of(task.control, config), lambda k: gradient(numbers[k]), lambda k: {}, len(numbers),
+            Path(folder), config["max_grad_norm"], len(numbers), len(numbers), "cost",
+        )[1:]  # fmt: skip
+    seconds = sum(weight * row["seconds"] for weight, row in zip(weights.values(), rows, strict=True)) * batch / size
+    peak = memory = peak_memory_mb(base)
+    if config["trainer"] == "policy_gradient":
+        memory += (batch - size) * (3 * task.process.num_steps + 1) * math.prod(base.latent_shape) * 4 / 2**20
+    elif config["trainer"] == "supervised":
+        memory += (peak - before) * (batch / size - 1)
+    return {
+        "trainer": config["trainer"],
+        "batch_size": batch,
+        "micro_batch_size": size,
+        "gradient_checkpointing": config["gradient_checkpointing"],
+        "reuse": reuse,
+        "num_updates": num,
+        "seconds_per_update": seconds,
+        "hours": seconds * num / 3600,
+        "memory_mb": memory,
+        "measured_memory_mb": peak,
+        "memory_before_mb": before,
+        "device": base.device_name,
+    }

@@ -6,10 +6,7 @@ What decides memory beside the trainer, the trajectories at a time and gradient 
 
 import argparse
 import json
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ctrl import classifier as classifiers
@@ -21,7 +18,7 @@ from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
 from ctrl.io import read_json, write_text
 from ctrl.labels import Factors
-from ctrl.measure import timed_updates
+from ctrl.measure import Killed, alone, timed_updates
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base, load_cells, new_control, reward_of_latents
 
@@ -106,11 +103,9 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
 def measure_alone(name: str, config: dict, args: argparse.Namespace) -> dict:
     """`measure` in a new process, whose peak memory is that of nothing else."""
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return {"name": name} | pool.submit(measure, config, args).result()
-    except BrokenProcessPool as error:
-        steps = config["sampler"]["num_steps"]
-        raise errors.UserError(f"{name} at {steps} steps was killed, perhaps for its memory; lower --micro-batch-size") from error
+        return {"name": name} | alone(measure, config, args)
+    except Killed as error:
+        raise errors.UserError(f"{name} at {config['sampler']['num_steps']} steps: {error}; lower --micro-batch-size") from error
 
 
 def main() -> None:

@@ -52,13 +52,21 @@ def strength_of(asked: float | None, method: pd.Series) -> float:
 
 def load_cells(path: Path) -> list[tuple[str, int]]:
     """The (subject, label) pairs of cells.json that the table asks for."""
-    cells = read_json(path)
+    cells = read_cells(path)
     return check_cells(cells["cells"], cells["labels"], path)
+
+
+def read_cells(path: Path) -> dict:
+    """cells.json; UserError where it lists no pairs."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.get("cells"):
+        raise UserError(f"{path} has no (subject, label) pair: run scripts/estimate_cells.py again, with a lower cells.min_probability")
+    return content
 
 
 def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple[str, int]]:
     """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`."""
-    cells = read_json(path)
+    cells = read_cells(path)
     held_out = [] if ask_held_out else cells.get("held_out", [])
     training = [c for c in check_cells(cells["cells"] + cells.get("free", []), cells["labels"], path) if c[1] not in held_out]
     if not training:
