@@ -7,6 +7,7 @@ pipe(["sneaker", "coat"], label=[3, 0], strength=1.0, seed=0).images
 """
 
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,26 +23,48 @@ class LabelEmbedding(torch.nn.Embedding):
         return super().forward(rows).sum(1)
 
 
+class FourierEmbedding(torch.nn.Module):
+    """Of continuous labels with shape (B,), NaN for no label, to (B, width): an MLP on sin and cos of pi/4 · 2^k · (y − mean) / sd."""
+
+    def __init__(self, weights, mean, sd):
+        super().__init__()
+        self.mean, self.sd = mean, sd
+        self.hidden = torch.nn.Linear(*weights["hidden.weight"].T.shape)
+        self.out = torch.nn.Linear(*weights["out.weight"].T.shape, bias=False)
+        self.load_state_dict(weights)
+
+    def forward(self, y):
+        weight, null = self.out.weight, y.isnan()
+        z = (y.float().masked_fill(null, self.mean) - self.mean) / self.sd
+        angles = math.pi / 4 * 2.0 ** torch.arange(self.hidden.in_features // 2, device=y.device) * z[:, None]
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.dtype)
+        return self.out(torch.nn.functional.silu(self.hidden(features))).masked_fill(null[:, None], 0)
+
+
 class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     """StableDiffusionPipeline with `label` (an integer, or one for each prompt; None: no label), `strength` and `seed`.
 
     An adapter of several factors takes a tuple of integers, or one for each prompt, with None for a factor that is left free; or a dict
-    from the factors' names.
+    from the factors' names. One of a continuous label takes a number in the unit of adapter.json, or one for each prompt.
 
     eps = eps_pre + strength · (eps_psi − eps_pre): 0 is the pretrained model, 1 the trained one. `seed` gives image k the seed
     `seed + k`. Steps, eta and prompt guidance are the adapter's unless given.
     """
 
-    control = None
+    control = null = None
 
     def load_control(self, folder):
         """Loads the LoRA and the label embedding in `folder`."""
         folder = Path(folder)
         control = json.loads((folder / "adapter.json").read_text())
-        weight = load_file(folder / "label_embedding.safetensors")["weight"]
+        weights = load_file(folder / "label_embedding.safetensors")
         self.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="ctrl")
-        embedding = LabelEmbedding(*weight.shape, padding_idx=len(weight) - 1)
-        embedding.weight.data.copy_(weight)
+        if "continuous" in control:
+            self.null, embedding = math.nan, FourierEmbedding(weights, control["continuous"]["mean"], control["continuous"]["sd"])
+        else:
+            self.null = len(weights["weight"]) - 1
+            embedding = LabelEmbedding(*weights["weight"].shape, padding_idx=self.null)
+            embedding.load_state_dict(weights)
         self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
         # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
         quadratic = control["sampler"]["spacing"] == "quadratic"
@@ -51,7 +74,9 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         return self
 
     def check_labels(self, label, num_prompts):
-        """`label` as rows of the embedding, (num_prompts, factors). Raises ValueError where it is not one of the adapter's labels."""
+        """`label` as rows of the embedding, (num_prompts, factors), or numbers, NaN for none. ValueError where it is wrong."""
+        if "continuous" in self.control:
+            return self.check_numbers(label, num_prompts)
         if "factors" in self.control:
             return self.check_factors(label, num_prompts)
         null = self.control["null_label"]
@@ -64,6 +89,21 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         if label is not None and not ((labels >= 0) & (labels < null)).all():
             raise ValueError(f"label is {label!r}: this adapter has the labels 0 to {null - 1} ({', '.join(self.control['label_names'])})")
         return labels[:, None]
+
+    def check_numbers(self, label, num_prompts):
+        """The same for an adapter of a continuous label."""
+        space = self.control["continuous"]
+        margin = space["extrapolation"] * (space["high"] - space["low"])
+        slack = 1e-6 * (space["high"] - space["low"])  # of float32
+        low, high = space["low"] - margin - slack, space["high"] + margin + slack
+        labels = label.tolist() if hasattr(label, "tolist") else label
+        labels = list(labels) if isinstance(labels, list | tuple) else [labels] * num_prompts
+        if len(labels) != num_prompts:
+            raise ValueError(f"label is {label!r}: give one label, or one for each of the {num_prompts} prompts")
+        for y in labels:
+            if y is not None and (not isinstance(y, int | float) or isinstance(y, bool) or not low <= y <= high):
+                raise ValueError(f"label is {y!r}: this adapter's labels are numbers from {low:.4g} to {high:.4g} {space['unit']}".rstrip())
+        return torch.tensor([math.nan if y is None else float(y) for y in labels])
 
     def check_factors(self, label, num_prompts):
         """The same for an adapter of several factors, whose labels stand one factor after the other, the null behind all."""
@@ -102,7 +142,7 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     def conditioned(self, labels, strength):
         """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength."""
         unet = self.unet
-        null = unet.class_embedding.padding_idx
+        null = self.null
         forward = unet.forward
 
         def with_labels(sample, timestep, *args, **kwargs):
@@ -133,7 +173,7 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
             raise ValueError("no control is loaded: call load_control(folder) first")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         labels = self.check_labels(label, len(prompts)).repeat_interleave(num_images_per_prompt, dim=0)
-        strength = 0.0 if bool((labels == self.unet.class_embedding.padding_idx).all()) else strength
+        strength = 0.0 if bool(((labels == self.null) | (labels != labels)).all()) else strength  # NaN is not itself
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
         sampler = self.control["sampler"]

@@ -19,7 +19,7 @@ from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Examples, Task, train
 from ctrl.io import read_json, read_parquet
-from ctrl.labels import Factors
+from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.loading import agreement_of_latents, load_base, load_oracle, load_training_cells, log_prob_of_latents, new_control
@@ -55,6 +55,19 @@ def load_examples(base: Base, dataset: Path) -> Examples:
     return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
 
 
+def check_labels(args: argparse.Namespace, space, classifier, cells: list[tuple]) -> None:
+    """UserError where dataset, classifier and cells speak of different labels."""
+    if isinstance(space, Continuous) != isinstance(classifier, classifiers.Density):
+        raise errors.UserError(f"of {args.classifier} and {args.dataset} one has a continuous label, the other has not")
+    if isinstance(space, Continuous):
+        space.check([y for _, limits in cells for y in limits])
+        return
+    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
+        raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
+    if space.num_classes != classifier.num_classes:
+        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+
+
 def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
@@ -63,11 +76,9 @@ def main() -> None:
         raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
     base, process = load_base(config, args.num_threads)
     classifier, cells = classifiers.load(args.classifier).to(base.device), load_training_cells(args.cells)
-    space = Factors.from_report(read_json(args.dataset / "report.json"))
-    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
-        raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
-    if space.num_classes != classifier.num_classes:
-        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+    space = space_of(read_json(args.dataset / "report.json"))
+    asked = [(subject, limits[1]) for subject, limits in cells] if isinstance(space, Continuous) else cells
+    check_labels(args, space, classifier, cells)
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
@@ -79,7 +90,9 @@ def main() -> None:
     log_prob = agreement_of_latents(base, oracle, space) if black_box else log_prob_of_latents(base, classifier)
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        return {"oracle_accuracy": float(space.covers[labels, torch.tensor(oracle(images))].double().mean())}
+        measured = torch.as_tensor(oracle(images))
+        error = {"oracle_mae": (measured - labels).abs().mean().item()} if isinstance(space, Continuous) else {}
+        return {"oracle_accuracy": float(space.agrees(labels, measured).double().mean()), **error}
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     classifier_config = (args.classifier / "config.json").read_text()
@@ -107,7 +120,7 @@ def main() -> None:
             control, config["base"]["path"], sampler | {"timesteps": process.timesteps.tolist()}, space.names, figures
         )
         write_adapter(control, args.output, described, templates["train"][0].format(cells[0][0]))
-        check_in_plain_diffusers(control, process, args.output, described, cells, templates["train"])
+        check_in_plain_diffusers(control, process, args.output, described, asked, templates["train"])
         loop.discard_checkpoint(args.output)
         for file in sorted(args.output.glob("*.*")):
             tracker.log_artifact(file)

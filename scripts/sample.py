@@ -13,7 +13,7 @@ from ctrl import errors
 from ctrl.generate import denoised, generate, path_figures, reject
 from ctrl.io import atomic_folder, read_json, write_json, write_parquet
 from ctrl.oracles import to_pil
-from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
+from ctrl.pairs import SEED_OFFSETS, table_of_subjects
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.guided import guidance_denoiser, particle_draw
@@ -21,9 +21,9 @@ from scripts.loading import (
     adapter_denoiser,
     label_guidance_denoiser,
     load_base,
-    load_cells,
     load_method,
     load_oracle,
+    load_requests,
     log_prob_of_latents,
     pretrained_denoiser,
 )
@@ -83,7 +83,8 @@ def main() -> None:
     templates, batch_size = config["prompts"]["templates"][args.split], config["sampler"]["batch_size"]
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
     if args.cells:
-        rows = table_of_cells(load_cells(args.cells), templates, args.per_label, first_seed)
+        beyond = args.split == "test" and method["family"] != "rejection"  # the pretrained model hardly draws what lies beyond
+        rows = load_requests(args.cells, templates, args.per_label, first_seed, beyond)
     else:
         rows = table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
 
@@ -103,7 +104,8 @@ def main() -> None:
     if method["family"] == "particles":
         draw = particle_draw(base, process, config, args.classifier, method["guidance"])
     if method["family"] == "rejection":
-        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed)
+        tolerance = read_json(args.dataset / "report.json").get("tolerance", 0.0)
+        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed, tolerance=tolerance)
     else:
         batches = generate(base, rows, draw, batch_size)
 

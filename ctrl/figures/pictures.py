@@ -40,7 +40,15 @@ def _canvas(width: float, height: float, inches_a_unit: float) -> tuple[Figure, 
 
 
 def _caption(row: pd.Series, requested: int | None, report: dict) -> tuple[str, str]:
-    """The measured score (of each factor) and its colour: ink where it lies in the requested label's bin, red where it does not."""
+    """The measured score (of each factor) and its colour: ink where it is what was requested, red where it is not.
+
+    Of a continuous label also what was asked for.
+    """
+    if report.get("kind") == "continuous":
+        if requested is None:
+            return f"{row['score']:.4g}", INK
+        near = abs(row["score"] - row["asked"]) <= report["tolerance"]
+        return f"{row['score']:.4g} ({row['asked']:.4g})", INK if near else WRONG
     scores = factor_scores(pd.DataFrame([row]), report)
     text = " · ".join(f"{score[0]:.4g}" for score in scores.values())
     return text, INK if requested is None or measured_labels(scores, report)[0] == requested else WRONG
