@@ -110,7 +110,7 @@ def _notes(table: pd.DataFrame) -> list[str]:
     if "mae" in table:
         notes.append(
             "MAE and RMSE of what was reached against what was asked for, in the label's unit; R² is 1 − MSE / the variance "
-            "of the pretrained model's own scores of the subject. MAE beyond: on requests a little beyond a subject's range, which no other "
+            "of the pretrained model's own scores of the subject. MAE beyond: on requests beyond a subject's range, which no other "
             "column holds."
         )
     if "kid_rejection" in table:
