@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ctrl import classifier as classifiers
-from ctrl import classifier_quality, density_quality, errors, io, oracles, tracking
+from ctrl import classifier_quality, coverage, errors, io, oracles, tracking
 from ctrl.classifier_fit import fit
 from ctrl.data import load_images, measured_labels
 from ctrl.labels import factors_of
@@ -38,7 +38,7 @@ def load_generated(folder: Path, report: dict) -> tuple[torch.Tensor, torch.Tens
 
 def quality_of(report: dict):
     """The module that measures a classifier of this kind of label."""
-    return density_quality if report.get("kind") == "continuous" else classifier_quality
+    return coverage if report.get("kind") == "continuous" else classifier_quality
 
 
 def train_factor(report: dict, table: pd.DataFrame, images: torch.Tensor, settings: dict, args, run, seed: int, device: str):
@@ -90,7 +90,7 @@ def main() -> None:
         with io.atomic_folder(args.output) as folder:
             classifiers.save(folder, classifier)
             io.write_json(folder / "metrics.json", results | {"train_seconds": round(time.perf_counter() - started, 2)})
-            draw = density_quality.coverage_figure if quality is density_quality else classifier_quality.reliability_diagram
+            draw = coverage.coverage_figure if quality is coverage else classifier_quality.reliability_diagram
             draw(panels).savefig(folder / "reliability.png", dpi=150)
         run.log_metrics(results)
         run.log_artifact(args.output)

@@ -12,7 +12,7 @@ import torch
 import ctrl
 from ctrl import classifier as classifiers
 from ctrl import control as controls
-from ctrl import density_quality, generate, labels, metrics, targets
+from ctrl import coverage, generate, labels, metrics, targets
 from ctrl.adapter import write_adapter
 from ctrl.classifier_fit import fit
 from ctrl.control import Control
@@ -162,8 +162,8 @@ def density(real):
 def test_fitted_density_is_calibrated_on_images_it_never_saw(density, real, tmp_path):
     images, scores, splits, _ = real
     held_out = torch.tensor(scores[splits == "val"])
-    laws = density_quality.predict(density, images[splits == "val"])
-    figures = density_quality.evaluate(laws, held_out)
+    laws = coverage.predict(density, images[splits == "val"])
+    figures = coverage.evaluate(laws, held_out)
     assert figures["n"] == 400 and figures["after"]["r2"] > 0.98
     assert figures["after"]["nll"] < -math.log(scores.std()) - 1, "far below that of the scores alone"
     assert figures["after"]["coverage_50"] == pytest.approx(0.5, abs=0.12) and figures["after"]["coverage_95"] == pytest.approx(
@@ -173,11 +173,11 @@ def test_fitted_density_is_calibrated_on_images_it_never_saw(density, real, tmp_
     classifiers.save(tmp_path, density)
     loaded, x, y = classifiers.load(tmp_path), images[:4] / 127.5 - 1, torch.tensor(scores[:4])
     assert isinstance(loaded, classifiers.Density) and torch.equal(loaded.log_prob(x, y), density.log_prob(x, y))
-    mean, sd = (part[:4] for part in density_quality.predict(density, images[:4])["after"])
+    mean, sd = (part[:4] for part in coverage.predict(density, images[:4])["after"])
     assert loaded.log_ratio(x, mean).abs().max() < 1e-6 and torch.allclose(
         loaded.log_ratio(x, mean + 2 * sd), torch.tensor(-2.0), atol=1e-3
     )
-    figure = density_quality.coverage_figure({"val": (laws, held_out)})
+    figure = coverage.coverage_figure({"val": (laws, held_out)})
     assert "n = 400" in figure.axes[0].get_title() and len(figure.axes) == 2
 
 

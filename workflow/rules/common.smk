@@ -64,11 +64,7 @@ CODE = {
     "train_garments": ["scripts/train_garments.py", *lib("features data")],
     "unpack_images": ["scripts/unpack_images.py", *lib("data")],
     "build_dataset": ["scripts/build_dataset.py", *lib("data labels oracles")],
-    "train_classifier": [
-        "scripts/train_classifier.py",
-        *CLASSIFIER,
-        *lib("classifier_fit classifier_quality density_quality data metrics"),
-    ],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("data pairs")],
     "sample": ["scripts/sample.py", *CORE],
