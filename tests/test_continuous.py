@@ -230,7 +230,7 @@ def test_errors_by_hand():
 def test_rejection_takes_what_is_near_enough(base):
     """Scores come in turn; a draw is taken for the target that it is within the tolerance of, and its cost is all draws since the last."""
     rows = pd.DataFrame({"prompt": "coat", "subject": "coat", "label": [1.0, 2.0, 2.0], "target": [0, 1, 1], "seed": 0})
-    scores = iter([[1.2, 2.05, 1.04, 2.2], [1.95, 1.0, 2.0, 2.0]])
+    scores = iter([[1.2, 2.05, 1.04, 2.2], [1.96, 1.0, 2.0, 2.0]])
 
     def nothing(prompts, labels, seeds):
         return torch.zeros(len(prompts), *base.latent_shape), {}
