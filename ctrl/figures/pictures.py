@@ -83,7 +83,10 @@ def grid_figure(
                 for k, i in enumerate(here):
                     text, colour = _caption(samples.table.iloc[i], y, report)
                     draw_picture(axes, samples.images[i], left + y * group + k * step, at, text, colour)
-        note = f"below each picture: {oracle_name(report)}, red where it misses the label; hatched: the pretrained model has hardly any"
+        asked = " (asked for)" if report.get("kind") == "continuous" else ""
+        note = (
+            f"below each picture: {oracle_name(report)}{asked}, red where it misses the label; hatched: hardly any by the pretrained model"
+        )
         axes.text(0.25, top + len(subjects) * row_height + 0.3, note, fontsize=7, va="center", color=PALE)
     return figure
 
