@@ -15,6 +15,7 @@ from ctrl import pipeline
 from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.io import write_json, write_text
+from ctrl.labels import Continuous
 from ctrl.oracles import to_pil
 from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
@@ -73,9 +74,13 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
     """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; for `described` see `control.describe`."""
     control.save(folder)
     last, settings = described["last"], described["finetune"]
-    example = control.space.label(0)
-    named = zip(range(control.null), described["label_names"], strict=True)
-    labels = "\n".join(f"| {control.space.label(y)} | {name} |" for y, name in named)
+    if isinstance(space := control.space, Continuous):
+        example = f"{(space.low + space.high) / 2:.4g}"
+        labels = f"| a number | {space.oracle.replace('_', ' ')}: {space.describe()} |"
+    else:
+        example = space.label(0)
+        named = zip(range(control.null), described["label_names"], strict=True)
+        labels = "\n".join(f"| {space.label(y)} | {name} |" for y, name in named)
     if settings["trainer"] == "supervised":
         trained, outcome = "denoising labelled images, some without their label, for classifier-free guidance (Ho & Salimans 2022)", ""
     else:
@@ -99,7 +104,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
 
 
 def check_in_plain_diffusers(
-    control: Control, process: Process, folder: Path, described: dict, cells: Sequence[tuple[str, int]], templates: Sequence[str]
+    control: Control, process: Process, folder: Path, described: dict, cells: Sequence[tuple[str, float]], templates: Sequence[str]
 ) -> None:
     """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to TOLERANCE."""
     chosen = list(cells)[:: max(1, len(cells) // 4)][:4]

@@ -1,4 +1,4 @@
-"""p(y | x) for labels that are bins of a score, differentiable down to the pixels.
+"""p(y | x) for labels that are bins of a score, or the score itself, differentiable down to the pixels.
 
 A classifier is a network, which makes a few numbers of an image, and a head, which makes label probabilities of these numbers.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrl.errors import UserError
-from ctrl.heads import HEADS
+from ctrl.heads import HEADS, GaussianHead
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
 from ctrl.labels import Categorical, Factors, check_codes
 from ctrl.networks import NETWORKS
@@ -33,14 +33,17 @@ class Classifier(nn.Module):
     def __init__(self, description: dict):
         super().__init__()
         self.description = description
-        self.num_classes, self.descending = description["num_classes"], description["descending"]
         self.rounding = True  # False: the smooth function behind the levels
         head, network = description["head"], description["network"]
-        self.head = HEADS[head](self.num_classes)
-        linear = {"positive": head == "density"}
+        self.head = self.new_head(description)
+        linear = {"positive": head in ("density", "gaussian")}
         options = {"dct": linear, "pixels": linear, "clip": description.get("clip", {})}.get(network, {})
         self.network = NETWORKS[network](self.head.num_outputs, **options)
         self.register_buffer("temperature", torch.ones(()))
+
+    def new_head(self, description: dict) -> nn.Module:
+        self.num_classes, self.descending = description["num_classes"], description["descending"]
+        return HEADS[description["head"]](self.num_classes)
 
     def outputs(self, images: Tensor) -> Tensor:
         """The network's outputs for images in [-1, 1] with shape (B, 3, H, W)."""
@@ -58,6 +61,23 @@ class Classifier(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Everything that was learned; the frozen CLIP is named in the description instead."""
         return {k: v for k, v in self.state_dict().items() if "network.clip." not in k}
+
+
+class Density(Classifier):
+    """p(y | x) of a continuous label: a Gaussian of the score, whose calibration scales its variance by `temperature`."""
+
+    def new_head(self, description: dict) -> nn.Module:
+        return GaussianHead()
+
+    def log_prob(self, images: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p(y | x) in nats, of a density per unit of y; shapes as above. `temperature` > 1 softens: sd · sqrt(temperature)."""
+        outputs = self.outputs(images)
+        return self.head.log_prob(outputs, y.to(outputs), self.temperature * temperature)
+
+    def log_ratio(self, images: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p(y | x) − max_y' log p(y' | x), which is at most 0: half the squared residual in units of the sd, and that negative."""
+        mean, sd = self.head.location_scale(self.outputs(images))
+        return -0.5 * ((y.to(mean) - mean) / sd).square() / (self.temperature * temperature)
 
 
 class Product(nn.Module):
@@ -90,6 +110,11 @@ class Product(nn.Module):
         return {f"{k}.{name}": value for k, factor in enumerate(self.factors) for name, value in factor.state().items()}
 
 
+def new(description: dict) -> Classifier:
+    """An untrained classifier, of classes or of a continuous label."""
+    return (Density if description["head"] == "gaussian" else Classifier)(description)
+
+
 def save(folder: Path, classifier: Classifier | Product) -> None:
     """Writes model.safetensors and config.json: the description, each temperature, and the SHA-256 of the weights."""
     folder = Path(folder)
@@ -113,7 +138,7 @@ def load(folder: Path) -> Classifier | Product:
             classifier = Product([Classifier(d) for d in description["factors"]])
             state = {f"factors.{name}": value for name, value in state.items()}
         else:
-            classifier = Classifier(description)
+            classifier = new(description)
         missing, unexpected = classifier.load_state_dict(state, strict=False)
         if wrong := [name for name in [*missing, *unexpected] if "network.clip." not in name]:
             raise ValueError(f"missing or unknown: {wrong[0]}")

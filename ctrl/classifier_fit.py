@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctrl import metrics
-from ctrl.classifier import Classifier
+from ctrl.classifier import Classifier, Density, new
 from ctrl.errors import UserError
 from ctrl.networks import CnnNetwork, to_float
 
@@ -23,7 +23,7 @@ def fit(
     """Trains on the split `train`, keeps the epoch that is best on `val`, calibrates the temperature on `calibration` alone.
 
     images: uint8, shape (N, 3, H, W). config: num_epochs, batch_size, learning_rate, weight_decay. description: see Classifier, with
-    `edges`. Returns the classifier, on `device`, and a row per epoch (epoch, train_loss, val_loss, learning_rate).
+    `edges` where the labels are bins. Returns the classifier, on `device`, and a row an epoch (epoch, train_loss, val_loss, learning_rate).
     """
     scores, labels = torch.tensor(np.array(scores), dtype=torch.float32), torch.tensor(np.array(labels), dtype=torch.int64)
     where = {name: torch.from_numpy(np.flatnonzero(np.asarray(splits) == name)) for name in ("train", "val", "calibration")}
@@ -34,15 +34,19 @@ def fit(
         raise UserError(f"network dct needs sides that are multiples of 8 pixels, not {images.shape[3]}x{images.shape[2]}; take cnn")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(description)
-    targets = classifier.head.prepare(scores[where["train"]], description["edges"])
+        classifier = new(description)
+    targets = classifier.head.prepare(scores[where["train"]], description.get("edges"))
     features = precompute(classifier.to(device), images)
     residual_sd = classifier.cpu().network.prepare(features[where["train"]], targets)
     if residual_sd is not None:
-        classifier.head.log_scale.data.fill_(math.log(residual_sd * math.sqrt(3) / math.pi))
+        classifier.head.start(residual_sd)
     history = train_epochs(classifier.to(device), (features, scores, labels), where, config, seed)
     rows = where["calibration"]
-    calibrate(classifier, outputs_of(classifier, features[rows]), labels[rows])
+    outputs = outputs_of(classifier, features[rows])
+    if isinstance(classifier, Density):
+        classifier.temperature.fill_(classifier.head.best_temperature(outputs, scores[rows].to(outputs)))
+    else:
+        calibrate(classifier, outputs, labels[rows])
     return classifier.requires_grad_(False), history
 
 

@@ -36,7 +36,7 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
         common = {key: label[key] for key in ("edges", "num_classes", "descending")}
         label["factors"] = [common | factor for factor in label["factors"]]
     for one in label["factors"] or [label]:
-        if one["edges"] != "quantiles":
+        if one["edges"] != "quantiles" and label["kind"] != "continuous":
             one["num_classes"] = len(one["edges"]) + 1
     if label["factors"]:
         label["num_classes"] = math.prod(factor["num_classes"] for factor in label["factors"])
@@ -124,6 +124,7 @@ def check_across(config: dict, where: str = "config") -> None:
     """Raises UserError where two keys that are fine alone contradict each other."""
     check_mixture(config, where)
     check_factors(config["label"], where)
+    check_continuous(config["label"], config["classifier"]["head"], where)
     dataset, finetune = config["dataset"], config["finetune"]
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
@@ -199,6 +200,15 @@ def check_factors(label: dict, where: str) -> None:
             combinations = label["num_classes"] // factor["num_classes"]
             if sum(held[k] == y for held in label["held_out"]) >= combinations:
                 raise UserError(f"{where}: label.held_out has all {combinations} combinations of {names[k]} {y}: nothing could teach it")
+
+
+def check_continuous(label: dict, head: str, where: str) -> None:
+    """A continuous label is one number, and its classifier a density."""
+    continuous = label["kind"] == "continuous"
+    if continuous and label["factors"]:
+        raise UserError(f"{where}: label.kind is continuous; it takes no label.factors (null)")
+    if continuous != (head == "gaussian"):
+        raise UserError(f"{where}: label.kind is {label['kind']}, classifier.head {head}; a continuous label's is gaussian, and only its")
 
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}

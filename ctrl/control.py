@@ -6,6 +6,7 @@ Both live in the pretrained network itself, and `pretrained()` switches them off
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ctrl.base import Base
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors
-from ctrl.labels import Categorical, Factors, LabelEmbedding, check_distinct
+from ctrl.labels import Categorical, Continuous, Factors, FourierEmbedding, LabelEmbedding, check_distinct
 from ctrl.process import Denoiser, Process
 
 LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
@@ -27,24 +28,23 @@ LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding
 class Control:
     """LoRA layers and a zero-initialised label embedding, installed in `base.unet`'s class-embedding slot.
 
-    `num_classes` is the number of labels, or with several factors their `Factors`. Labels are codes of ctrl.labels; `null` is "no
-    label". Its embedding, and that of a factor left free, stays zero and gets no gradient.
+    `num_classes` is the number of labels, or with several factors their `Factors`, or a `Continuous` space. Labels are those of
+    ctrl.labels; `null` is "no label". Its embedding, and that of a factor left free, stays zero and gets no gradient.
 
     Below the timestep `min_timestep` the pretrained model finishes the image alone. There sigma_t is so small that the optimum hardly
     differs from it, and the weight of the KL so large that whatever else the adapter does there costs many nats; 0: nowhere.
     """
 
     def __init__(
-        self, base: Base, num_classes: int | Factors, rank: int, target_modules: Sequence[str], seed: int = 0, min_timestep: int = 0
-    ):
+        self, base: Base, num_classes: int | Factors | Continuous, rank: int, target_modules: Sequence[str], seed: int = 0,
+        min_timestep: int = 0,
+    ):  # fmt: skip
         unet = base.unet
         if unet.class_embedding is not None:
             raise UserError("base: its UNet has a class embedding already; CTRL needs that slot for the new label")
-        space = Factors.of(num_classes)
+        space = num_classes if isinstance(num_classes, Continuous) else Factors.of(num_classes)
         self.base, self.space, self.null = base, space, space.null
-        sizes = [f.num_classes for f in space.factors]
-        size = sizes[0] if len(sizes) == 1 else sizes
-        self.settings = {"num_classes": size, "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
+        self.settings = {**described_space(space), "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
@@ -53,7 +53,10 @@ class Control:
             except ValueError as error:
                 raise UserError(f"finetune.lora.target_modules: {error}") from error
         width = unet.time_embedding.linear_2.out_features
-        unet.class_embedding = LabelEmbedding(space, width, base.device)
+        if isinstance(space, Continuous):
+            unet.class_embedding = FourierEmbedding(space.mean, space.sd, width, seed).to(base.device)
+        else:
+            unet.class_embedding = LabelEmbedding(space, width, base.device)
         self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
         self._merged: list[tuple[nn.Module, dict[bool, Tensor]]] = []
         for parameter in self.parameters().values():
@@ -65,9 +68,9 @@ class Control:
 
     def groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict]:
         """Parameter groups for an optimizer: LoRA, and the label embedding with its own learning rate."""
-        embedding = self.base.unet.class_embedding.weight
-        lora = [p for p in self.parameters().values() if p is not embedding]
-        return [{"params": lora, "lr": learning_rate}, {"params": [embedding], "lr": embedding_learning_rate}]
+        embedding = list(self.base.unet.class_embedding.parameters())
+        lora = [p for name, p in self.parameters().items() if not name.startswith("class_embedding.")]
+        return [{"params": lora, "lr": learning_rate}, {"params": embedding, "lr": embedding_learning_rate}]
 
     @contextmanager
     def pretrained(self) -> Iterator[None]:
@@ -161,8 +164,25 @@ class Control:
         lora = get_peft_model_state_dict(unet, adapter_name="ctrl")
         metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
-        save_tensors(Path(folder) / EMBEDDING_FILE, {"weight": unet.class_embedding.weight.detach()})
+        save_tensors(Path(folder) / EMBEDDING_FILE, unet.class_embedding.state_dict())
         (Path(folder) / LORA_FILE).chmod((Path(folder) / EMBEDDING_FILE).stat().st_mode)  # diffusers' own is for its owner alone
+
+
+def described_space(space: Factors | Continuous) -> dict:
+    """What adapter.json holds of the labels: their number (of each factor), or the fields of a continuous label."""
+    if isinstance(space, Continuous):
+        return {"continuous": asdict(space)}
+    sizes = [f.num_classes for f in space.factors]
+    return {"num_classes": sizes[0] if len(sizes) == 1 else sizes}
+
+
+def space_of_adapter(described: dict) -> Factors | Continuous:
+    """The label space that an adapter.json describes."""
+    if "continuous" in described:
+        return Continuous(**described["continuous"])
+    if named := described.get("factors"):
+        return Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
+    return Factors((Categorical(described["num_classes"], tuple(described["label_names"])),))
 
 
 def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
@@ -177,28 +197,21 @@ def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], di
             f"not for this one ({found}); load it on that base, or train a new one"
         )
     lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
-    check_distinct(space_of(described), embedding["weight"], str(folder))
+    check_distinct(space_of_adapter(described), embedding, str(folder))
     return described, lora, embedding
-
-
-def space_of(described: dict) -> Factors:
-    """The labels that an adapter.json describes."""
-    if named := described.get("factors"):
-        return Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
-    return Factors((Categorical(described["num_classes"], tuple(described["label_names"])),))
 
 
 def load(base: Base, folder: str | Path) -> Control:
     """The trained control in `folder`, on `base`. Raises UserError as `check_adapter` does."""
     folder = Path(folder)
     described, lora, embedding = check_adapter(base, folder)
-    control = Control(base, space_of(described), described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
+    space = space_of_adapter(described)
+    control = Control(base, space, described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
     state = {key.removeprefix("unet."): value for key, value in lora.items()}
     unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):
         raise UserError(f"{folder / LORA_FILE}: its layers are not those that {folder / 'adapter.json'} describes; train it again")
-    with torch.no_grad():
-        base.unet.class_embedding.weight.copy_(embedding["weight"])
+    base.unet.class_embedding.load_state_dict(embedding)
     return control
 
 
@@ -208,14 +221,15 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
     `sampler` is the config's section with the `timesteps` that it amounts to.
     """
     space = control.space
+    named = isinstance(space, Factors) and len(space.factors) > 1
     return {
         "base": str(base_path),
         "base_fingerprint": control.base.fingerprint(),
         "dtype": str(control.base.unet.dtype).removeprefix("torch."),
         **control.settings,
-        "null_label": control.null,
+        "null_label": space.label(space.null) if isinstance(space, Continuous) else control.null,
         "label_names": list(label_names),
-        **({"factors": {key: list(f.names) for key, f in zip(space.keys, space.factors, strict=True)}} if len(space.factors) > 1 else {}),
+        **({"factors": {key: list(f.names) for key, f in zip(space.keys, space.factors, strict=True)}} if named else {}),
         "sampler": {key: sampler[key] for key in ("num_steps", "spacing", "timesteps", "eta", "guidance_scale")},
         **json.loads(json.dumps(extra)),
     }

@@ -20,7 +20,7 @@ from torch import Tensor
 from ctrl import oracles
 from ctrl.errors import UserError
 from ctrl.io import atomic_folder, read_parquet
-from ctrl.labels import Factors, factors_of
+from ctrl.labels import Factors, factors_of, space_of
 
 GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SPLITS = ("train", "val", "calibration")
@@ -205,7 +205,7 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
     `label` holds oracle, edges, num_classes and descending, or `factors`, a list of such, and `held_out`, combinations of their labels
     whose images get the split HELD_OUT; `shares` the share of each of SPLITS. Quantile edges are those of the training split, before
     anything is held out. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
-    score_{oracle} of each factor, label (a code of ctrl.labels). UserError where no image remains, or a label or a split has none.
+    score_{oracle} of each factor, label (of ctrl.labels). UserError where no image remains, or a label or a split has none.
     """
     folder, chosen = Path(folder), label.get("factors") or [label]
     functions = [oracles.get_oracle(f["oracle"]) for f in chosen]
@@ -218,6 +218,11 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
     for s in SPLITS:
         if not (split == s).any():
             raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise dataset.splits.{s}")
+    if label.get("kind") == "continuous":
+        described = describe_continuous(label, scores[label["oracle"]][split == "train"]) | {"image_size": image_size}
+        counts = {s: int((split == s).sum()) for s in SPLITS}
+        report = {"num_images": len(rows), **described, "counts": counts, "refused": refused}
+        return table_of(folder, rows, split, scores, scores[label["oracle"]]), report
     factors = [describe_factor(f, scores[f["oracle"]], split == "train") for f in chosen]
     space = Factors.from_report({"factors": factors})
     y = measured_labels(scores, {"factors": factors})
@@ -228,18 +233,41 @@ def build(folder: Path, image_size: int, label: dict, shares: dict[str, float]) 
         if n == 0 and k not in held_out:
             spans = (f"the scores span {score.min():.4g} to {score.max():.4g}" for score in scores.values())
             raise UserError(f"label {k} ({names[k]}) has no image in the training split; {', '.join(spans)}: move label.edges")
-    table = pd.DataFrame(
-        {"file_name": rows["file_name"], "path": [relative(folder / f) for f in rows["file_name"]], "prompt": rows["prompt"]}
-    )
-    if "subject" in rows:
-        table["subject"] = rows["subject"]
-    table = table.assign(split=split, **{f"score_{name}": score for name, score in scores.items()}, label=y)
+    table = table_of(folder, rows, split, scores, y)
     described = {"image_size": image_size, "num_classes": len(names), "label_names": list(names), "held_out": held_out, "factors": factors}
     if len(factors) == 1:
         keys = ("oracle", "unit", "image_size", "num_classes", "descending", "edges", "label_names")
         described = {key: (factors[0] | {"image_size": image_size})[key] for key in keys}
     report = {"num_images": len(table), **described, "counts": counts, "refused": refused}
     return table, report
+
+
+def table_of(folder: Path, rows: pd.DataFrame, split: np.ndarray, scores: dict[str, np.ndarray], y: np.ndarray) -> pd.DataFrame:
+    """The dataset's table, from the kept rows of `examine`."""
+    table = pd.DataFrame(
+        {"file_name": rows["file_name"], "path": [relative(folder / f) for f in rows["file_name"]], "prompt": rows["prompt"]}
+    )
+    if "subject" in rows:
+        table["subject"] = rows["subject"]
+    return table.assign(split=split, **{f"score_{name}": score for name, score in scores.items()}, label=y)
+
+
+def describe_continuous(label: dict, scores: np.ndarray) -> dict:
+    """A continuous label in the report, from the training split's `scores` with shape (N,): see `ctrl.labels.Continuous`.
+
+    The range is the one given, or from the 1 % to the 99 % quantile. `num_classes` and `label_names` are those of the table's targets.
+    """
+    if not np.ptp(scores) > 0:
+        raise UserError(f"label.oracle: {label['oracle']} is {scores[0]:.4g} for all training images; there is nothing to control")
+    low, high = np.quantile(scores, [0.01, 0.99]).tolist() if label["range"] is None else label["range"]
+    num = label["num_classes"]
+    described = {
+        "kind": "continuous", "oracle": label["oracle"], "unit": oracles.UNITS.get(label["oracle"], ""), "low": low, "high": high,
+        "mean": float(scores.mean()), "sd": float(scores.std()), "extrapolation": label["extrapolation"], "tolerance": label["tolerance"],
+    }  # fmt: skip
+    space_of(described)  # raises where they contradict each other
+    names = [f"target {k + 1} of {num}" for k in range(num)]
+    return described | {"num_classes": num, "label_names": names}
 
 
 def describe_factor(label: dict, scores: np.ndarray, train: np.ndarray) -> dict:
@@ -252,7 +280,12 @@ def describe_factor(label: dict, scores: np.ndarray, train: np.ndarray) -> dict:
 
 
 def measured_labels(scores: dict[str, np.ndarray], report: dict) -> np.ndarray:
-    """The labels' codes, int64 (N,), of images whose `scores` (N,) the oracles measured, by the bins of a dataset's report.json."""
+    """The labels' codes, int64 (N,), of images whose `scores` (N,) the oracles measured, by the bins of a dataset's report.json.
+
+    A continuous label is the score.
+    """
+    if report.get("kind") == "continuous":
+        return scores[report["oracle"]]
     factors = factors_of(report)
     parts = [torch.from_numpy(oracles.score_to_label(scores[f["oracle"]], f["edges"], f["descending"])) for f in factors]
     return Factors.from_report(report).codes(parts).numpy()
@@ -270,6 +303,12 @@ def histogram(table: pd.DataFrame, report: dict) -> Figure:
     figure = Figure(figsize=(8, 4.5 * len(factors)), layout="constrained")
     for axes, factor in zip(figure.subplots(len(factors), 1, squeeze=False)[:, 0], factors, strict=True):
         score = table[f"score_{factor['oracle']}"].to_numpy()
+        if report.get("kind") == "continuous":
+            axes.hist(score, bins=80, label=f"n = {len(score)}")
+            axes.axvspan(report["low"], report["high"], color="grey", alpha=0.15, label="range of the label")
+            axes.set(xlabel=f"{report['oracle'].replace('_', ' ')} / {report['unit']}".removesuffix(" / "), ylabel="images")
+            axes.legend()
+            continue
         _draw_histogram(axes, score, oracles.score_to_label(score, factor["edges"], factor["descending"]), factor)
     return figure
 

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ctrl import features, metrics
+from ctrl import features, metrics, targets
 from ctrl.data import load_images, measured_labels
 from ctrl.errors import UserError
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Factors, factors_of
 from ctrl.oracles import distance_to_bin, get_oracle, pixels
+from ctrl.targets import by_target
 
 COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
 COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
@@ -27,7 +28,8 @@ MIN_FRECHET = 2000  # images; below, the Frechet distance says more about their 
 class Samples:
     """Generated images: `table` has COLUMNS, score_{oracle} of each factor and as `score` that of the first.
 
-    `images` are uint8 (N, 3, H, W), `info` is samples.json.
+    `images` are uint8 (N, 3, H, W), `info` is samples.json. Of a continuous label, `label` is the number of the target and `asked` its
+    value: see ctrl.targets.
     """
 
     folder: Path
@@ -59,9 +61,11 @@ def load_samples(folder: Path | str, oracle: str | Sequence[str], num_classes: i
         raise UserError(f"{folder / 'samples.parquet'} has no column {missing[0]}; draw the samples again with scripts/sample.py")
     if table.empty:
         raise UserError(f"{folder / 'samples.parquet'} has no rows; draw the samples again with scripts/sample.py")
+    table = by_target(table)
     if not pd.api.types.is_integer_dtype(table["label"]):
         raise UserError(f"{folder / 'samples.parquet'}: its labels are {table['label'].dtype}, not whole numbers; draw the samples again")
-    if not table["label"].between(0, num_classes - 1).all():
+    beyond = 1 if "asked" in table else 0
+    if not table["label"].between(-beyond, num_classes - 1 + beyond).all():
         wrong = min(set(table["label"]) - set(range(num_classes)))
         raise UserError(f"{folder / 'samples.parquet'} asks for label {wrong}, but the dataset has the labels 0 to {num_classes - 1}")
     images = load_images([folder / name for name in table["file_name"]])
@@ -142,28 +146,51 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
     network: from ctrl.features; report: the dataset's report.json (edges, descending, num_classes); config: the keys num_bootstrap and
     num_neighbours. Returns {"n", "metrics": {name: {"value", "n", "lo", "hi"}}, "confusion": counts [requested][measured],
     "per_subject": {subject: {"accuracy", "n"}}, "misses": {"n", "median", "largest"}: how far outside their bins, in the oracle's unit}.
+    Of a continuous label the metrics are those of ctrl.targets, which also says what comes in place of the last three.
     With several factors there are also `accuracies_of_factors`, and misses of each by its oracle.
     lo and hi bound the 95 % bootstrap interval over seeds, or are None.
     """
-    cells = number_cells(samples, reference)
-    num_bootstrap, n = config["num_bootstrap"], len(samples.table)
+    continuous, num_bootstrap = report.get("kind") == "continuous", config["num_bootstrap"]
+    if continuous:
+        apart = targets.beyond(samples.table, report["num_classes"])
+        further, samples = rows_of(samples, apart), rows_of(samples, ~apart)
+    cells, n = number_cells(samples, reference), len(samples.table)
+
+    def figure_of(samples: Samples) -> Callable[[Callable[[Tensor], float]], dict]:
+        def over_seeds(statistic: Callable[[Tensor], float]) -> dict:
+            lo, hi = metrics.bootstrap(statistic, len(samples.table), num_bootstrap, seed, clusters=samples.seeds)
+            return _figure(statistic(torch.arange(len(samples.table))), len(samples.table), lo, hi)
+
+        return over_seeds
+
+    over_seeds = figure_of(samples)
+    if continuous:
+        figures, details = targets.figures(samples.table, report["tolerance"], over_seeds), targets.details(samples.table)
+        figures |= {} if further.table.empty else targets.figures_beyond(further.table, figure_of(further))
+    else:
+        figures, details = label_figures(samples, report, over_seeds)
+    both = [features.compute(network, s.images, s.table["subject"].tolist(), s.table["prompt"].tolist()) for s in (samples, reference)]
+    figures |= compare(both[0][0], both[1][0], cells, (samples.seeds, reference.seeds), config["num_neighbours"], num_bootstrap, seed)
+    figures[network.score_name] = over_seeds(lambda i: both[0][1][i].mean().item())
+    figures |= costs(samples.table, samples.info, num_bootstrap, seed)
+    return {"n": n, "metrics": figures, **details}
+
+
+def rows_of(samples: Samples, chosen: np.ndarray) -> Samples:
+    """Those with `chosen`, bool (N,)."""
+    return Samples(samples.folder, samples.table[chosen].reset_index(drop=True), samples.images[torch.from_numpy(chosen)], samples.info)
+
+
+def label_figures(samples: Samples, report: dict, over_seeds: Callable) -> tuple[dict, dict]:
+    """Of labels that are classes: the metrics, and what else `evaluate` returns."""
     scores, factors = factor_scores(samples.table, report), factors_of(report)
     requested, measured = samples.labels, torch.from_numpy(measured_labels(scores, report))
-
-    def over_seeds(statistic: Callable[[Tensor], float]) -> dict:
-        lo, hi = metrics.bootstrap(statistic, n, num_bootstrap, seed, clusters=samples.seeds)
-        return _figure(statistic(torch.arange(n)), n, lo, hi)
-
     figures = {
         "accuracy": over_seeds(lambda i: metrics.accuracy(requested[i], measured[i])),
         "macro_f1": over_seeds(lambda i: metrics.macro_f1(requested[i], measured[i])),
     }
     if len(factors) > 1:
         figures |= accuracies_of_factors(requested, measured, report, over_seeds)
-    both = [features.compute(network, s.images, s.table["subject"].tolist(), s.table["prompt"].tolist()) for s in (samples, reference)]
-    figures |= compare(both[0][0], both[1][0], cells, (samples.seeds, reference.seeds), config["num_neighbours"], num_bootstrap, seed)
-    figures[network.score_name] = over_seeds(lambda i: both[0][1][i].mean().item())
-    figures |= costs(samples.table, samples.info, num_bootstrap, seed)
     subjects = samples.table["subject"].to_numpy()
     hits = (requested == measured).numpy()
     parts = Factors.from_report(report).parts[requested].T.numpy()
@@ -173,9 +200,7 @@ def evaluate(samples: Samples, reference: Samples, network: nn.Module, report: d
         outside = outside[~hits if len(factors) == 1 else outside > 0]
         half_and_all = {"median": float(np.median(outside)), "largest": float(outside.max())} if len(outside) else {}
         misses[factor["oracle"]] = {"n": len(outside), **half_and_all}
-    return {
-        "n": n,
-        "metrics": figures,
+    return figures, {
         "confusion": metrics.confusion_matrix(requested, measured, report["num_classes"]).tolist(),
         "per_subject": {
             s: {"accuracy": float(hits[subjects == s].mean()), "n": int((subjects == s).sum())} for s in dict.fromkeys(subjects)

@@ -50,12 +50,13 @@ def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Ite
 
 def reject(
     base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int,
-    label_of: Callable[[Tensor], Sequence[int]], first_seed: int, max_draws: int = 20_000,
+    label_of: Callable[[Tensor], Sequence[float]], first_seed: int, max_draws: int = 20_000, tolerance: float = 0.0,
 ) -> Iterator[tuple[Tensor, pd.DataFrame]]:  # fmt: skip
     """Exact conditional samples: draws from the pretrained model until the oracle (`label_of` images) says the row's label.
 
     All labels of a subject share one stream of draws, in which the draws with label y are independent samples of p(x | c, y). A row's cost
     is what it would have been for that label alone: all draws since the label came last. Seeds follow `first_seed` and replace the rows'.
+    A continuous label is met by a score within `tolerance` of it; the labels of a subject are to be at least two tolerances apart.
     Raises UserError where `max_draws` of one subject do not suffice.
     """
     for number, (subject, wanted) in enumerate(rows.groupby("subject", sort=False)):
@@ -68,17 +69,19 @@ def reject(
             if block * batch_size >= max_draws:
                 y, left = next(iter(open_rows.items()))
                 raise UserError(
-                    f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y}; raise cells.min_probability"
+                    f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y:.4g}; "
+                    f"raise {'label.tolerance' if tolerance else 'cells.min_probability'}"
                 )
             seeds = range(first_seed + number * max_draws + block * batch_size, first_seed + number * max_draws + (block + 1) * batch_size)
             draws = pd.DataFrame({"prompt": [prompts[s % len(prompts)] for s in seeds], "label": -1, "seed": seeds})
             images, draws = next(generate(base, draws, draw, batch_size))
             taken, accepted = [], []
-            for k, y in enumerate(label_of(images)):
+            for k, found in enumerate(label_of(images)):
+                y = next((asked for asked in open_rows if abs(asked - found) <= tolerance), None)
                 for spent in cost.values():
                     for name in spent:
                         spent[name] += draws.iloc[k][name]
-                if y in open_rows:
+                if y is not None:
                     taken.append(k)
                     row = rows.loc[open_rows[y].pop(0)].to_dict()
                     accepted.append(row | {"prompt": draws.iloc[k]["prompt"], "seed": draws.iloc[k]["seed"]} | cost[y])

@@ -1,13 +1,14 @@
-"""Label spaces: what a control may ask for, and how it indexes an embedding table.
+"""Label spaces: what a control may ask for, and how a label becomes a vector.
 
-Everywhere a label is one integer, its code. With one factor that is the label itself. With several, the combinations of all factors come
-first (the last factor counts fastest), then the null label, then every combination that leaves some factors free.
+Everywhere a label is one number. A continuous label is itself, and NaN is its null. A categorical one is an integer, its code. With one
+factor that is the label itself. With several, the combinations of all factors come first (the last factor counts fastest), then the null
+label, then every combination that leaves some factors free.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,10 @@ class Factors:
         parts = [None if y < 0 else y for y in self.parts[code].tolist()]
         return parts[0] if len(parts) == 1 else parts
 
+    def agrees(self, asked: Tensor, measured: Tensor) -> Tensor:
+        """Whether the combinations `measured` (N,) have all that the codes `asked` (N,) ask for; bool (N,)."""
+        return self.covers[asked, measured]
+
     def check(self, labels) -> Tensor:
         """Codes, int64 with shape (B,), of what a user writes; UserError where it is not of this space.
 
@@ -220,6 +225,82 @@ def check_codes(codes: Tensor, num: int, num_codes: int) -> Tensor:
     return codes.long()
 
 
+@dataclass(frozen=True)
+class Continuous:
+    """A number from `low` to `high` in the oracle's unit, or a little beyond: by `extrapolation` times the range's width on either side.
+
+    `mean` and `sd` are those of the labelled images, for normalisation; within `tolerance` of what was asked for counts as met.
+    """
+
+    low: float
+    high: float
+    mean: float
+    sd: float
+    extrapolation: float = 0.0
+    tolerance: float = 0.0
+    oracle: str = ""
+    unit: str = ""
+
+    null = math.nan  # of the class: the null label, "no control"
+    names = ()
+
+    def __post_init__(self):
+        values = (self.low, self.high, self.mean, self.sd, self.extrapolation, self.tolerance)
+        if not all(math.isfinite(v) for v in values) or self.low >= self.high or self.sd <= 0 or min(values[4:]) < 0:
+            raise UserError(f"a continuous label needs low < high, an sd above 0, extrapolation and tolerance of at least 0, not {values}")
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest label that may be asked for."""
+        margin = self.extrapolation * (self.high - self.low)
+        return self.low - margin, self.high + margin
+
+    def check(self, labels) -> Tensor:
+        """`labels` (a number, one for each image, or a tensor) as float32 with shape (B,), None as NaN; UserError where one is wrong."""
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
+        if labels is None or isinstance(labels, str) or not isinstance(labels, Sequence):
+            labels = [labels]
+        (low, high), slack = self.limits, 1e-6 * (self.high - self.low)  # of float32
+        for y in (y.item() if hasattr(y, "item") else y for y in labels):
+            number = isinstance(y, int | float) and not isinstance(y, bool) and math.isfinite(y)
+            if y is not None and not (number and low - slack <= y <= high + slack):
+                raise UserError(f"no label {y!r}: {self.describe()}")
+        return torch.tensor([math.nan if y is None else float(y) for y in labels], dtype=torch.float32)
+
+    def check_codes(self, labels: Tensor, num: int) -> Tensor:
+        """`labels` with shape (num,), NaN for none, on their own device; UserError where they are no such tensor, or infinite."""
+        if not isinstance(labels, Tensor) or not labels.is_floating_point():
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise UserError(f"continuous labels are floating-point numbers in a tensor, not {kind}")
+        if labels.shape != (num,):
+            raise UserError(f"labels have the shape {tuple(labels.shape)}: one for each of the {num} images is needed, ({num},)")
+        if labels.isinf().any():
+            raise UserError(f"labels must be finite; {self.describe()}")
+        return labels
+
+    def label(self, y: float) -> float | None:
+        """What a user writes."""
+        return None if math.isnan(y) else float(y)
+
+    def agrees(self, asked: Tensor, measured: Tensor) -> Tensor:
+        """Whether scores `measured` (N,) are within the tolerance of `asked` (N,); bool (N,). The null label agrees with all."""
+        asked = asked.double()
+        return asked.isnan() | ((measured.double() - asked).abs() <= self.tolerance)
+
+    def describe(self) -> str:
+        """The labels in words, for messages and help texts."""
+        low, high = self.limits
+        beyond = f" (seen: {self.low:.4g} to {self.high:.4g})" if self.extrapolation else ""
+        return f"the labels are numbers from {low:.4g} to {high:.4g} {self.unit}".rstrip() + beyond
+
+
+def space_of(report: dict) -> "Factors | Continuous":
+    """The label space of a dataset, from its report.json."""
+    if report.get("kind") != "continuous":
+        return Factors.from_report(report)
+    return Continuous(**{f.name: report[f.name] for f in fields(Continuous)})
+
+
 class LabelEmbedding(nn.Embedding):
     """The sum of a vector for each factor of a label, (B, width), from codes (B,); zero at the start, and always for a free factor.
 
@@ -236,13 +317,17 @@ class LabelEmbedding(nn.Embedding):
         return super().forward(self.rows[codes]).sum(1)
 
 
-def check_distinct(space: Factors, weight: Tensor, where: str) -> None:
-    """Raises UserError where two labels of a factor, or one and its null, have the same row of a trained embedding's `weight`.
+def check_distinct(space: "Factors | Continuous", embedding: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError where two labels of a factor, or one and its null, have the same row in the tensors of a trained `embedding`.
 
     They would draw the same images: asking for the label changes nothing. The same: closer than a thousandth of the longest row, which
-    half precision hardly tells apart.
+    half precision hardly tells apart. A continuous label changes nothing where the last layer is still zero.
     """
-    first = 0
+    if isinstance(space, Continuous):
+        if not embedding["out.weight"].any():
+            raise UserError(f"{where}: the label changes no image: its embedding is zero; train with more finetune.num_updates")
+        return
+    weight, first = embedding["weight"], 0
     for k, factor in enumerate(space.factors):
         rows = torch.cat([weight[first : first + factor.num_classes], weight[-1:]]).float()
         equal = (rows[:, None] - rows).norm(dim=-1) <= 1e-3 * weight.float().norm(dim=1).max()
@@ -255,6 +340,33 @@ def check_distinct(space: Factors, weight: Tensor, where: str) -> None:
                 "finetune.embedding_learning_rate"
             )
         first += factor.num_classes
+
+
+class FourierEmbedding(nn.Module):
+    """A vector for each continuous label, (B, width), from labels (B,); zero at the start, and always for the null label, NaN.
+
+    Fourier features of z = (y - mean) / sd (Tancik et al. 2020, arXiv 2006.10739), sin and cos of pi/4 · 2^k · z: the slowest tells all
+    labels within 4 sd apart, the fastest turns once in one sd, so that what is learned stays smooth between the labels seen. Then an MLP,
+    whose last layer is zero at the start.
+    """
+
+    HIDDEN, NUM_FREQUENCIES = 64, 4
+
+    def __init__(self, mean: float, sd: float, width: int, seed: int = 0):
+        super().__init__()
+        self.mean, self.sd = mean, sd
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hidden = nn.Linear(2 * self.NUM_FREQUENCIES, self.HIDDEN)
+            self.out = nn.Linear(self.HIDDEN, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, y: Tensor) -> Tensor:
+        weight, null = self.out.weight, y.isnan()
+        z = (y.float().masked_fill(null, self.mean) - self.mean) / self.sd
+        angles = math.pi / 4 * 2.0 ** torch.arange(self.NUM_FREQUENCIES, device=y.device) * z[:, None]
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(features))).masked_fill(null[:, None], 0)
 
 
 def factors_of(report: dict) -> list[dict]:

@@ -54,14 +54,16 @@ def rmse(requested: Tensor, measured: Tensor) -> float:
     return (requested - measured).double().square().mean().sqrt().item()
 
 
-def r2(requested: Tensor, measured: Tensor) -> float:
+def r2(requested: Tensor, measured: Tensor, spread: Tensor | None = None) -> float:
     """Coefficient of determination `1 - sum (requested - measured)^2 / sum (requested - mean)^2`; both inputs (N,).
 
-    1 is perfect, 0 is what a constant at the mean request reaches; undefined (nan) where all requests are equal.
+    1 is perfect, 0 is what a constant at the mean request reaches; undefined (nan) where all requests are equal. With `spread`, a
+    standard deviation for each row, `sum spread^2` is below the line instead: then 0 is an error as large as that spread.
     """
     _check_pairs(requested, measured)
     requested, measured = requested.double(), measured.double()
-    return (1 - (requested - measured).square().sum() / (requested - requested.mean()).square().sum()).item()
+    scale = requested - requested.mean() if spread is None else spread.double()
+    return (1 - (requested - measured).square().sum() / scale.square().sum()).item()
 
 
 def _check_pairs(requested: Tensor, measured: Tensor) -> None:
@@ -267,6 +269,24 @@ def ece(probabilities: Tensor, labels: Tensor, num_bins: int = 15) -> float:
     """Expected calibration error `sum_b (n_b / N) |accuracy_b - confidence_b|` over `reliability`'s bins; (N, K) and (N,)."""
     bins = reliability(probabilities, labels, num_bins)
     return (bins["count"] * (bins["accuracy"] - bins["confidence"]).abs()).nansum().item() / len(labels)
+
+
+def gaussian_nll(mean: Tensor, sd: Tensor, scores: Tensor) -> float:
+    """Mean negative log-density of `scores` under N(mean, sd²), in nats, per unit of the scores; all (N,)."""
+    return -torch.distributions.Normal(mean.double(), sd.double()).log_prob(scores.double()).mean().item()
+
+
+def gaussian_pit(mean: Tensor, sd: Tensor, scores: Tensor) -> Tensor:
+    """Probability integral transform F(score) of N(mean, sd²), (N,): uniform in 0..1 where the law is calibrated; all inputs (N,).
+
+    Source: Gneiting et al. 2007, J. R. Stat. Soc. B 69, section 3.
+    """
+    return torch.distributions.Normal(mean.double(), sd.double()).cdf(scores.double())
+
+
+def coverage(pit: Tensor, level: float) -> float:
+    """Share of the scores inside the central interval of nominal probability `level`, from their `gaussian_pit` (N,)."""
+    return ((pit - 0.5).abs() <= level / 2).double().mean().item()
 
 
 # -------------------------------------------------------------------------------------------------------------- intervals

@@ -5,6 +5,7 @@ A label is asked of a subject only where the pretrained model can give it: p_pre
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -39,10 +40,35 @@ def subjects_of(cells: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
     return dict(sorted(by_label.items()))
 
 
-def draw(
-    cells: Sequence[tuple[str, int]], templates: Sequence[str], size: int, generator: torch.Generator
-) -> tuple[list[str], list[str], Tensor]:
-    """`size` training prompts, their subjects, and labels with shape (size,): labels uniform, then subjects, then templates."""
+def possible_ranges(
+    scores: dict[str, np.ndarray], quantiles: Sequence[float], bounds: tuple[float, float], num_targets: int, tolerance: float
+) -> dict[str, tuple[float, float]]:
+    """What each subject is asked for of a continuous label: between two quantiles of its pretrained scores (N,), and within `bounds`.
+
+    Subjects with so narrow a range that `num_targets` even targets would be less than two tolerances apart are left out; UserError where
+    none is left.
+    """
+    ranges = {}
+    for subject, values in scores.items():
+        low, high = np.quantile(values, quantiles).clip(*bounds).tolist()
+        if high - low >= 2 * tolerance * (num_targets - 1) and high > low:
+            ranges[subject] = (low, high)
+    if not ranges:
+        raise UserError(f"label.tolerance: no subject's scores spread enough for {num_targets} targets {2 * tolerance:g} apart; lower it")
+    return ranges
+
+
+def draw(cells: Sequence[tuple], templates: Sequence[str], size: int, generator: torch.Generator) -> tuple[list[str], list[str], Tensor]:
+    """`size` training prompts, their subjects, and labels with shape (size,): labels uniform, then subjects, then templates.
+
+    `cells` are (subject, label) pairs; or, of a continuous label, (subject, (low, high)): subjects uniform, then labels in their range.
+    """
+    if isinstance(cells[0][1], tuple):
+        uniform = torch.rand(3, size, generator=generator)
+        chosen = [cells[int(u * len(cells))] for u in uniform[0].tolist()]
+        low, high = torch.tensor([limits for _, limits in chosen]).T
+        prompts = [templates[int(u * len(templates))].format(s) for (s, _), u in zip(chosen, uniform[1].tolist(), strict=True)]
+        return prompts, [s for s, _ in chosen], low + uniform[2] * (high - low)
     by_label = subjects_of(cells)
     labels = torch.tensor(list(by_label))[torch.randint(len(by_label), (size,), generator=generator)]
     uniform = torch.rand(2, size, generator=generator).tolist()
@@ -69,6 +95,24 @@ def table_of_cells(cells: Sequence[tuple[str, int]], templates: Sequence[str], p
     return pd.DataFrame(rows, columns=["prompt", "subject", "label", "seed"])
 
 
+def table_of_targets(
+    ranges: dict[str, Sequence[float]], spread: dict[str, float], num_targets: int, extrapolation: float,
+    templates: Sequence[str], per_target: int, first_seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """`table_of_cells` for a continuous label: column target, 0 to num_targets - 1, evenly over each subject's range, and label, its value.
+
+    With an `extrapolation` there are also the targets -1 and num_targets, so many widths beyond the range. Column spread is the standard
+    deviation of the subject's pretrained scores.
+    """
+    beyond = [-1, num_targets] if extrapolation else []
+    cells = [(subject, k) for subject in ranges for k in [*range(num_targets), *beyond]]
+    table = table_of_cells(cells, templates, per_target, first_seed).rename(columns={"label": "target"})
+    share = table["target"] / (num_targets - 1)
+    share = share.mask(table["target"] < 0, -extrapolation).mask(table["target"] == num_targets, 1 + extrapolation)
+    low, high = (np.array([ranges[s][k] for s in table["subject"]]) for k in (0, 1))
+    return table.assign(label=low + share * (high - low), spread=[spread[s] for s in table["subject"]])
+
+
 def table_of_subjects(subjects: Sequence[str], templates: Sequence[str], per_subject: int, first_seed: int) -> pd.DataFrame:
     """Rows without a label (−1): `per_subject` of each subject, templates in turn, every row with its own seed."""
     rows = [(templates[k % len(templates)].format(s), s, -1) for s in subjects for k in range(per_subject)]
@@ -79,7 +123,9 @@ def table_of_subjects(subjects: Sequence[str], templates: Sequence[str], per_sub
 def choose_setting(sweep: Sequence[dict], tolerance: float = 0.02) -> dict:
     """The row that validation prompts choose, by one rule for every method.
 
-    Of the settings whose accuracy is within `tolerance` of the best, the one nearest to the exact law (`kid_rejection_within`).
+    Of the settings whose accuracy (of a continuous label: R²) is within `tolerance` of the best, the one nearest to the exact law
+    (`kid_rejection_within`).
     """
-    best = max(row["accuracy"] for row in sweep)
-    return min((row for row in sweep if row["accuracy"] >= best - tolerance), key=lambda row: row["kid_rejection_within"])
+    name = "accuracy" if "accuracy" in sweep[0] else "r2"
+    best = max(row[name] for row in sweep)
+    return min((row for row in sweep if row[name] >= best - tolerance), key=lambda row: row["kid_rejection_within"])

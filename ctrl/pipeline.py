@@ -51,30 +51,52 @@ class LabelEmbedding(torch.nn.Embedding):
         return super().forward(rows).sum(1)
 
 
+class FourierEmbedding(torch.nn.Module):
+    """Of continuous labels with shape (B,), NaN for no label, to (B, width): an MLP on sin and cos of pi/4 · 2^k · (y − mean) / sd."""
+
+    def __init__(self, weights, mean, sd):
+        super().__init__()
+        self.mean, self.sd = mean, sd
+        self.hidden = torch.nn.Linear(*weights["hidden.weight"].T.shape)
+        self.out = torch.nn.Linear(*weights["out.weight"].T.shape, bias=False)
+        self.load_state_dict(weights)
+
+    def forward(self, y):
+        weight, null = self.out.weight, y.isnan()
+        z = (y.float().masked_fill(null, self.mean) - self.mean) / self.sd
+        angles = math.pi / 4 * 2.0 ** torch.arange(self.hidden.in_features // 2, device=y.device) * z[:, None]
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(weight.dtype)
+        return self.out(torch.nn.functional.silu(self.hidden(features))).masked_fill(null[:, None], 0)
+
+
 class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     """StableDiffusionPipeline with `label` (an integer, or one for each prompt; None: no label), `strength` and `seed`.
 
     An adapter of several factors takes a tuple of integers, or one for each prompt, with None for a factor that is left free; or a dict
-    from the factors' names.
+    from the factors' names. One of a continuous label takes a number in the unit of adapter.json, or one for each prompt.
 
     eps = eps_pre + strength · (eps_psi − eps_pre): 0 is the pretrained model, 1 the trained one. `seed` gives image k the seed
     `seed + k`. Steps, eta and prompt guidance are the adapter's unless given; others draw from a law that it was not trained for, and
     are warned about.
     """
 
-    control = None
+    control = null = None
 
     def load_control(self, folder):
         """Loads the LoRA and the label embedding in `folder`."""
         folder = Path(folder)
         control = json.loads((folder / "adapter.json").read_text())
-        weight = load_file(folder / "label_embedding.safetensors")["weight"]
-        check_distinct(weight, control, folder)
+        weights = load_file(folder / "label_embedding.safetensors")
         # The UNet's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
         file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet"}
+        if "continuous" in control:
+            self.null, embedding = math.nan, FourierEmbedding(weights, control["continuous"]["mean"], control["continuous"]["sd"])
+        else:
+            check_distinct(weights["weight"], control, folder)
+            self.null = len(weights["weight"]) - 1
+            embedding = LabelEmbedding(*weights["weight"].shape, padding_idx=self.null)
+            embedding.load_state_dict(weights)
         self.unet.load_lora_adapter(str(folder), **file, adapter_name="ctrl", _pipeline=self)
-        embedding = LabelEmbedding(*weight.shape, padding_idx=len(weight) - 1)
-        embedding.weight.data.copy_(weight)
         self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
         # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
         quadratic = control["sampler"]["spacing"] == "quadratic"
@@ -84,10 +106,12 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         return self
 
     def check_labels(self, label, num_prompts):
-        """`label` as rows of the embedding, (num_prompts, factors). Raises ValueError where it is not one of the adapter's labels.
+        """`label` as rows of the embedding, (num_prompts, factors), or numbers, NaN for none. ValueError where it is wrong.
 
         The factors' labels stand below each other in the table, the null behind all.
         """
+        if "continuous" in self.control:
+            return self.check_numbers(label, num_prompts)
         factors = factors_of(self.control)
         several, null = "factors" in self.control, sum(map(len, factors.values()))
         needed = f"give an entry for each of {', '.join(factors)}, None where it is free" if several else "give an integer, or None"
@@ -114,6 +138,21 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
 
         return torch.tensor([list(rows(y)) for y in labels])
 
+    def check_numbers(self, label, num_prompts):
+        """The same for an adapter of a continuous label."""
+        space = self.control["continuous"]
+        margin = space["extrapolation"] * (space["high"] - space["low"])
+        slack = 1e-6 * (space["high"] - space["low"])  # of float32
+        low, high = space["low"] - margin - slack, space["high"] + margin + slack
+        label = plain(label)
+        labels = label if isinstance(label, list) else [label] * num_prompts
+        if len(labels) != num_prompts:
+            raise ValueError(f"label is {label!r}: give one label, or one for each of the {num_prompts} prompts")
+        for y in labels:
+            if y is not None and (not isinstance(y, int | float) or isinstance(y, bool) or not low <= y <= high):
+                raise ValueError(f"label is {y!r}: this adapter's labels are numbers from {low:.4g} to {high:.4g} {space['unit']}".rstrip())
+        return torch.tensor([math.nan if y is None else float(y) for y in labels])
+
     def sampler_settings(self, given):
         """`given` keywords over the adapter's own sampler. Another number of steps, eta or prompt guidance is warned about."""
         sampler, num_steps = self.control["sampler"], given.get("num_inference_steps")
@@ -132,9 +171,10 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
     def conditioned(self, labels, strength):
         """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength: 0 where there is no label."""
         unet = self.unet
-        null = unet.class_embedding.padding_idx
+        null = self.null
         forward = unet.forward
-        strengths = torch.where((labels == null).all(1), 0.0, float(strength))
+        free = labels.isnan() if labels.ndim == 1 else (labels == null).all(1)
+        strengths = torch.where(free, 0.0, float(strength))
 
         def with_labels(sample, timestep, *args, **kwargs):
             y, s = labels.to(sample.device), strengths

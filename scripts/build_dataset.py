@@ -28,6 +28,11 @@ def main() -> None:
         run.log_metrics({"num_images": report["num_images"], "num_refused": len(report["refused"])})
         run.log_artifact(args.output)
     print(f"{args.output}: {report['num_images']} images, {len(report['refused'])} refused")
+    if report.get("kind") == "continuous":
+        print(
+            f"  {report['low']:.4g} to {report['high']:.4g} {report['unit']}: " + ", ".join(f"{n} {s}" for s, n in report["counts"].items())
+        )
+        return
     for name, *counts in zip(report["label_names"], *report["counts"].values(), strict=True):
         print(f"  {name:>20}: " + ", ".join(f"{n} {split}" for split, n in zip(report["counts"], counts, strict=True)))
 

@@ -7,12 +7,32 @@ import pandas as pd
 import torch
 
 from ctrl import classifier as classifiers
-from ctrl import errors
+from ctrl import errors, oracles
 from ctrl.data import load_images
 from ctrl.io import read_json, read_parquet, write_json
 from ctrl.labels import Factors
-from ctrl.pairs import possible_cells
+from ctrl.pairs import possible_cells, possible_ranges
 from scripts.common import add_config_argument, load_config
+
+
+def ranges(pool: pd.DataFrame, images: torch.Tensor, report: dict, quantiles: list[float]) -> dict:
+    """cells.json of a continuous label: the range and spread of each subject's scores by the oracle, and the targets as cells."""
+    oracle = oracles.get_oracle(report["oracle"])
+    scored = pool.assign(score=[oracle(image) for image in oracles.to_pil(images / 127.5 - 1)])
+    scores = {subject: group["score"].to_numpy() for subject, group in scored.groupby("subject", sort=False)}
+    targets, bounds = range(report["num_classes"]), (report["low"], report["high"])
+    found = possible_ranges(scores, quantiles, bounds, len(targets), report["tolerance"])
+    return {
+        "subjects": list(scores),
+        "labels": list(targets),
+        "label_names": report["label_names"],
+        "num_images": [len(s) for s in scores.values()],
+        "quantiles": quantiles,
+        "ranges": found,
+        "spread": {subject: scores[subject].std() for subject in found},
+        "extrapolation": report["extrapolation"],
+        "cells": [(subject, k) for subject in found for k in targets],
+    }
 
 
 @torch.no_grad()
@@ -30,8 +50,14 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     config = load_config(args)
     report = read_json(args.dataset / "report.json")
-    pool, classifier = read_parquet(args.pool / "samples.parquet"), classifiers.load(args.classifier)
+    pool = read_parquet(args.pool / "samples.parquet")
     images = load_images([args.pool / name for name in pool["file_name"]])
+    if report.get("kind") == "continuous":
+        result = ranges(pool, images, report, config["cells"]["quantiles"])
+        write_json(args.output, result)
+        print(f"{len(result['ranges'])} of {len(result['subjects'])} subjects have a range of {report['oracle']} to ask for")
+        return
+    classifier = classifiers.load(args.classifier)
     p = torch.cat([classifier.log_probs(part.float() / 127.5 - 1).exp() for part in images.split(256)])
     space = Factors.from_report(report)
     if p.shape[1] != space.num_classes:

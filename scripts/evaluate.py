@@ -46,9 +46,11 @@ def main() -> None:
             write_json(args.output_metrics, evaluation.values_of(result, result["metrics"]))
         log.log_metrics({name: figure["value"] for name, figure in result["metrics"].items()})
         log.log_artifact(args.output)
-    shown = evaluation.values_of(result, ["accuracy", "macro_f1", "kid_rejection", "diversity", network.score_name])
+    shown = evaluation.values_of(
+        result, ["accuracy", "macro_f1", "mae", "r2", "mae_beyond", "kid_rejection", "diversity", network.score_name]
+    )
     print(f"{args.method} (n = {result['n']}): " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    for factor in factors:
+    for factor in factors if "misses" in result else []:
         misses = result["misses"] if len(factors) == 1 else result["misses"][factor["oracle"]]
         if misses["n"]:
             unit = f" {factor['unit']}".rstrip()

@@ -4,27 +4,24 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ctrl import classifier as classifiers
 from ctrl import control as controls
-from ctrl import errors, evaluation, features
+from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
-from ctrl.base import Base
 from ctrl.config import for_adapter, needs_classifier
-from ctrl.data import load_images
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Examples, LogProb, Task, probe_function, train
-from ctrl.io import read_json, read_parquet
-from ctrl.labels import Factors, check_distinct, factors_of
+from ctrl.finetune.recipe import Task, probe_function, train
+from ctrl.io import read_json
+from ctrl.labels import Continuous, check_distinct, space_of
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_oracle, load_training_cells, new_control, reward_of_latents
+from scripts.loading import load_base, load_oracle, load_training_cells, new_control
+from scripts.training import check_labels, contents, distance_function, learned_from
 
 
 def parse() -> argparse.Namespace:
@@ -52,42 +49,6 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def contents(files: Sequence[Path]) -> list[str]:
-    """The SHA-256 of each file."""
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
-def load_examples(base: Base, dataset: Path) -> Examples:
-    """The labelled images that the classifier was trained on, as latents."""
-    table = read_parquet(dataset / "metadata.parquet")
-    table = table[table["split"] == "train"]
-    latents = base.encode_images(load_images(table["path"]) / 127.5 - 1)
-    return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
-
-
-def distance_function(args: argparse.Namespace, config: dict) -> Callable[..., dict[str, float]]:
-    """`score(images, subjects, labels)` against --reference; no figure without one."""
-    if not args.reference:
-        return lambda *_: {}
-    report = read_json(args.dataset / "report.json")
-    oracles = [factor["oracle"] for factor in factors_of(report)]
-    reference = evaluation.load_samples(args.reference, oracles, report["num_classes"])
-    return evaluation.distance_to(reference, features.load(config["evaluation"]["features"]))
-
-
-def learned_from(base: Base, space: Factors, trainer: str, args: argparse.Namespace) -> tuple[LogProb | None, Examples | None, list[Path]]:
-    """What a trainer learns from: the oracle's agreement, labelled images, or log p̂(y | x); and the files whose content decides on it."""
-    report = args.dataset / "report.json"
-    if trainer == "supervised":
-        return None, load_examples(base, args.dataset), [report, args.dataset / "metadata.parquet"]
-    if trainer == "policy_gradient":
-        return reward_of_latents(base, trainer, None, args.dataset, space), None, [report]
-    classifier = classifiers.load(args.classifier).to(base.device)
-    if space.num_classes != classifier.num_classes:
-        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
-    return reward_of_latents(base, trainer, classifier, args.dataset, space), None, [args.classifier / "config.json"]
-
-
 def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
@@ -98,9 +59,9 @@ def main() -> None:
         raise errors.UserError(f"finetune.trainer is {settings['trainer']}: it also needs --classifier")
     base, process = load_base(config, args.num_threads)
     cells = load_training_cells(args.cells, settings["ask_held_out"])
-    space = Factors.from_report(read_json(args.dataset / "report.json"))
-    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
-        raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
+    space = space_of(read_json(args.dataset / "report.json"))
+    asked = [(subject, limits[1]) for subject, limits in cells] if isinstance(space, Continuous) else cells
+    check_labels(args, space, cells)
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
     print(
@@ -112,8 +73,9 @@ def main() -> None:
     log_prob, examples, files = learned_from(base, space, settings["trainer"], args)
 
     def score(images: torch.Tensor, subjects: list[str], labels: torch.Tensor) -> dict[str, float]:
-        accuracy = float(space.covers[labels, torch.tensor(oracle(images))].double().mean())
-        return {"oracle_accuracy": accuracy} | distance(images, subjects, labels)
+        measured = torch.as_tensor(oracle(images))
+        error = {"oracle_mae": (measured - labels).abs().mean().item()} if isinstance(space, Continuous) else {}
+        return {"oracle_accuracy": float(space.agrees(labels, measured).double().mean()), **error} | distance(images, subjects, labels)
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
@@ -126,7 +88,7 @@ def main() -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
-        check_distinct(space, base.unet.class_embedding.weight.detach(), str(args.output))
+        check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
         figures = {
             "name": args.name,
             "gamma": settings["gamma"],
@@ -142,7 +104,7 @@ def main() -> None:
             control, config["base"]["path"], sampler | {"timesteps": process.timesteps.tolist()}, space.names, figures
         )
         write_adapter(control, args.output, described, templates["train"][0].format(cells[0][0]))
-        check_in_plain_diffusers(control, process, args.output, described, cells, templates["train"])
+        check_in_plain_diffusers(control, process, args.output, described, asked, templates["train"])
         loop.discard_checkpoint(args.output)
         for file in sorted(args.output.glob("*.*")):
             tracker.log_artifact(file)

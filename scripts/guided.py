@@ -22,7 +22,7 @@ from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.io import read_json
 from ctrl.process import Process
 from ctrl.sampling import noise_of
-from scripts.loading import adapter_denoiser, label_guidance_denoiser, log_prob_of_latents, pretrained_denoiser
+from scripts.loading import adapter_denoiser, guidance_log_prob, label_guidance_denoiser, log_prob_of_latents, pretrained_denoiser
 
 # The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
 GUIDANCE = {
@@ -37,7 +37,7 @@ def guidance_denoiser(base: Base, process: Process, config: dict, classifier: Pa
     if guidance == "classifier_guidance":
         net, denoiser = noisy.load(classifier).to(base.device), pretrained_denoiser(base, process, config)
         return lambda prompts, y: classifier_guidance(denoiser(prompts, y), process, net.log_prob(process, y), scale)
-    log_prob = log_prob_of_latents(base, classifiers.load(classifier).to(base.device))
+    log_prob = guidance_log_prob(base, classifiers.load(classifier).to(base.device))
     pretrained = pretrained_denoiser(base, process, config)
     return lambda prompts, labels: GUIDANCE[guidance](
         pretrained(prompts, labels), process, lambda x_0: log_prob(x_0, labels.to(base.device)), scale

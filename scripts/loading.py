@@ -17,8 +17,9 @@ from ctrl.data import measured_labels
 from ctrl.errors import UserError
 from ctrl.generate import MakeDenoiser
 from ctrl.io import read_json
-from ctrl.labels import Factors, factors_of
+from ctrl.labels import Continuous, Factors, factors_of
 from ctrl.oracles import get_oracle, to_pil
+from ctrl.pairs import table_of_cells, table_of_targets
 from ctrl.process import Process
 
 
@@ -59,14 +60,28 @@ def load_cells(path: Path) -> list[tuple[str, int]]:
 def read_cells(path: Path) -> dict:
     """cells.json; UserError where it lists no pairs."""
     content = read_json(path)
-    if not isinstance(content, dict) or not content.get("cells"):
+    if not isinstance(content, dict) or not content.get("ranges", content.get("cells")):
         raise UserError(f"{path} has no (subject, label) pair: run scripts/estimate_cells.py again, with a lower cells.min_probability")
     return content
 
 
-def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple[str, int]]:
-    """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`."""
+def load_requests(path: Path, templates: list[str], per_label: int, first_seed: int, beyond: bool = False) -> pd.DataFrame:
+    """The rows that every method is asked for by cells.json; `beyond`: of a continuous label, also targets beyond a subject's range."""
     cells = read_cells(path)
+    if "ranges" not in cells:
+        return table_of_cells(load_cells(path), templates, per_label, first_seed)
+    extrapolation = cells["extrapolation"] if beyond else 0.0
+    return table_of_targets(cells["ranges"], cells["spread"], len(cells["labels"]), extrapolation, templates, per_label, first_seed)
+
+
+def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple]:
+    """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`.
+
+    Of a continuous label: (subject, (low, high)).
+    """
+    cells = read_cells(path)
+    if "ranges" in cells:
+        return [(subject, tuple(limits)) for subject, limits in cells["ranges"].items()]
     held_out = [] if ask_held_out else cells.get("held_out", [])
     training = [c for c in check_cells(cells["cells"] + cells.get("free", []), cells["labels"], path) if c[1] not in held_out]
     if not training:
@@ -101,18 +116,27 @@ def log_prob_of_latents(base: Base, classifier: classifiers.Classifier | classif
     return lambda x_0, y, temperature=1.0: classifier.log_prob(base.decode(x_0), y, temperature)
 
 
-def agreement_of_latents(base: Base, oracle: Callable[[Tensor], np.ndarray], space: Factors) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """1 where the oracle gives decode(x_0) a label that the asked one covers, else 0, with shape (B,); a black box, without a gradient."""
+def guidance_log_prob(base: Base, classifier: classifiers.Classifier | classifiers.Product) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same as guidance wants it, at most 0: of a continuous label relative to the most likely one."""
+    if isinstance(classifier, classifiers.Density):
+        return lambda x_0, y: classifier.log_ratio(base.decode(x_0), y)
+    return log_prob_of_latents(base, classifier)
+
+
+def agreement_of_latents(
+    base: Base, oracle: Callable[[Tensor], np.ndarray], space: Factors | Continuous
+) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """1 where the oracle's label of decode(x_0) agrees with the asked one, else 0, with shape (B,); a black box, without a gradient."""
 
     @torch.no_grad()
     def agreement(x_0: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
-        return space.covers[y.cpu(), torch.as_tensor(oracle(base.decode(x_0)))].float().to(y.device)
+        return space.agrees(y.cpu(), torch.as_tensor(oracle(base.decode(x_0)))).float().to(y.device)
 
     return agreement
 
 
 def reward_of_latents(
-    base: Base, trainer: str, classifier: classifiers.Classifier | classifiers.Product | None, dataset: Path, space: Factors
+    base: Base, trainer: str, classifier: classifiers.Classifier | classifiers.Product | None, dataset: Path, space: Factors | Continuous
 ) -> Callable[[Tensor, Tensor, float], Tensor]:
     """What `trainer` climbs: the oracle's agreement for policy gradients, else the classifier's log p̂."""
     if trainer == "policy_gradient":
@@ -120,7 +144,7 @@ def reward_of_latents(
     return log_prob_of_latents(base, classifier)
 
 
-def new_control(base: Base, process: Process, space: Factors, config: dict) -> Control:
+def new_control(base: Base, process: Process, space: Factors | Continuous, config: dict) -> Control:
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]
     min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)

@@ -41,11 +41,13 @@ def main() -> None:
         for method, drawn in samples.items():
             pictures.grid(drawn, asked, cells["subjects"], report, method_name(method), path(f"grid_{method}"))
         labels.sizes({method: drawn.table for method, drawn in samples.items()}, report, path("sizes"))
-        labels.confusion({e["method"]: e["confusion"] for e in evaluations}, report, path("confusion"))
+        if counts := {e["method"]: e["confusion"] for e in evaluations if "confusion" in e}:
+            labels.confusion(counts, report, path("confusion"))
         if "factors" in report:
             labels.factor_accuracies(evaluations, path("factors"))
         if histories:
-            curves.training(histories, path("training"), report["num_classes"])
+            num_classes = None if report.get("kind") == "continuous" else report["num_classes"]
+            curves.training(histories, path("training"), num_classes)
         trained = next((samples[name] for name in ("ctrl", *histories) if name in samples), None)
         if trained and "pretrained" in samples:
             pictures.teaser(samples["pretrained"], trained, pictures.choose_subjects(asked), report, path("teaser"))

@@ -15,12 +15,12 @@ from ctrl.control import Control
 from ctrl.generate import MakeDenoiser, denoised, generate, path_figures, reject
 from ctrl.io import atomic_folder, read_json, write_json, write_parquet
 from ctrl.oracles import to_pil
-from ctrl.pairs import SEED_OFFSETS, table_of_cells, table_of_subjects
+from ctrl.pairs import SEED_OFFSETS, table_of_subjects
 from ctrl.process import Process
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.guided import method_denoiser, particle_draw
-from scripts.loading import load_base, load_cells, load_method, load_oracle, log_prob_of_latents, strength_of
+from scripts.loading import load_base, load_method, load_oracle, load_requests, log_prob_of_latents, strength_of
 
 
 def parse() -> argparse.Namespace:
@@ -61,11 +61,12 @@ def check_needs(method: pd.Series, args: argparse.Namespace) -> None:
         raise errors.UserError(f"method {args.method} also needs {' and '.join(missing)}")
 
 
-def table_of_rows(config: dict, args: argparse.Namespace, first_seed: int) -> pd.DataFrame:
+def table_of_rows(config: dict, args: argparse.Namespace, method: pd.Series, first_seed: int) -> pd.DataFrame:
     """The images to draw: columns prompt, subject, label, seed."""
     templates = config["prompts"]["templates"][args.split]
     if args.cells:
-        return table_of_cells(load_cells(args.cells), templates, args.per_label, first_seed)
+        beyond = args.split == "test" and method["family"] != "rejection"  # the pretrained model hardly draws what lies beyond
+        return load_requests(args.cells, templates, args.per_label, first_seed, beyond)
     return table_of_subjects(config["prompts"]["subjects"], templates, args.per_subject, first_seed)
 
 
@@ -111,13 +112,14 @@ def main() -> None:
     args.strength = strength_of(args.strength, method)
     base, process = load_base(config, args.num_threads)
     batch_size, first_seed = config["sampler"]["batch_size"], 100_000_000 * config["seed"] + SEED_OFFSETS[args.split] + args.seed_offset
-    rows = table_of_rows(config, args, first_seed)
+    rows = table_of_rows(config, args, method, first_seed)
     make_denoiser, control = method_denoiser(method, base, process, config, args)
     draw = denoised(base, process, make_denoiser)
     if method["family"] == "particles":
         draw = particle_draw(base, process, config, args.classifier, method["guidance"])
     if method["family"] == "rejection":
-        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed)
+        tolerance = read_json(args.dataset / "report.json").get("tolerance", 0.0)
+        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed, tolerance=tolerance)
     else:
         batches = generate(base, rows, draw, batch_size)
 

@@ -4,13 +4,14 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from ctrl import classifier as classifiers
-from ctrl import classifier_quality, errors, io, oracles, tracking
+from ctrl import classifier_quality, coverage, errors, io, oracles, tracking
 from ctrl.classifier_fit import fit
-from ctrl.data import load_images
+from ctrl.data import load_images, measured_labels
 from ctrl.labels import factors_of
 from scripts.common import add_config_argument, load_config
 
@@ -28,21 +29,28 @@ def parse() -> argparse.Namespace:
 
 
 def load_generated(folder: Path, report: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generated images, uint8 with shape (N, 3, H, W), and their labels by the oracle, shape (N,)."""
+    """Generated images, uint8 with shape (N, 3, H, W), and their labels (scores, of a continuous one) by the oracle, (N,)."""
     images = load_images(folder / name for name in io.read_parquet(folder / "samples.parquet")["file_name"])
     oracle = oracles.get_oracle(report["oracle"])
-    scores = [oracle(image) for image in oracles.to_pil(images / 127.5 - 1)]
-    return images, torch.from_numpy(oracles.score_to_label(scores, report["edges"], report["descending"]))
+    scores = np.array([oracle(image) for image in oracles.to_pil(images / 127.5 - 1)])
+    return images, torch.from_numpy(measured_labels({report["oracle"]: scores}, report))
+
+
+def quality_of(report: dict):
+    """The module that measures a classifier of this kind of label."""
+    return coverage if report.get("kind") == "continuous" else classifier_quality
 
 
 def train_factor(report: dict, table: pd.DataFrame, images: torch.Tensor, settings: dict, args, run, seed: int, device: str):
     """The classifier of one factor, its panels for the reliability diagram, and its entry in metrics.json."""
     keys = ("num_classes", "descending", "edges", "oracle", "unit", "label_names", "image_size")
+    if report.get("kind") == "continuous":
+        keys = ("oracle", "unit", "low", "high", "image_size")
     description = {"network": settings["network"], "head": settings["head"], **{k: report[k] for k in keys}}
     if settings["network"] == "clip":
         description["clip"] = settings["clip"]
     scores = table[f"score_{report['oracle']}"]
-    labels = pd.Series(oracles.score_to_label(scores, report["edges"], report["descending"]), table.index)
+    labels = pd.Series(measured_labels({report["oracle"]: scores.to_numpy()}, report), table.index)
     classifier, history = fit(images, scores, labels, table["split"], description, settings, seed, device)
     for row in history:
         run.log_metrics(row, row["epoch"])
@@ -50,8 +58,9 @@ def train_factor(report: dict, table: pd.DataFrame, images: torch.Tensor, settin
     sets = {"val": (images[held_out], torch.tensor(labels[held_out].tolist()))}
     if args.generated:
         sets["generated"] = load_generated(args.generated, report)
-    panels = {s: (classifier_quality.predict(classifier, x), y) for s, (x, y) in sets.items()}
-    results = {s: classifier_quality.evaluate(*panel) for s, panel in panels.items()}
+    quality = quality_of(report)
+    panels = {s: (quality.predict(classifier, x), y) for s, (x, y) in sets.items()}
+    results = {s: quality.evaluate(*panel) for s, panel in panels.items()}
     best = min(history, key=lambda row: row["val_loss"])["epoch"]
     return classifier, panels, {"generated": None, **results, "temperature": classifier.temperature.item(), "epoch": best}
 
@@ -63,7 +72,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
     images = load_images(table["path"])
-    settings, factors = config["classifier"], factors_of(report)
+    settings, factors, quality = config["classifier"], factors_of(report), quality_of(report)
     networks = {f["oracle"]: f.get("network") or settings["network"] for f in config["label"]["factors"] or []}
 
     name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
@@ -81,11 +90,12 @@ def main() -> None:
         with io.atomic_folder(args.output) as folder:
             classifiers.save(folder, classifier)
             io.write_json(folder / "metrics.json", results | {"train_seconds": round(time.perf_counter() - started, 2)})
-            classifier_quality.reliability_diagram(panels).savefig(folder / "reliability.png", dpi=150)
+            draw = coverage.coverage_figure if quality is coverage else classifier_quality.reliability_diagram
+            draw(panels).savefig(folder / "reliability.png", dpi=150)
         run.log_metrics(results)
         run.log_artifact(args.output)
-    for name, (log_probs, labels) in panels.items():
-        figures = ", ".join(f"{k} {v:.3f}" for k, v in classifier_quality.evaluate(log_probs, labels)["after"].items())
+    for name, (predicted, labels) in panels.items():
+        figures = ", ".join(f"{k} {v:.3f}" for k, v in quality.evaluate(predicted, labels)["after"].items())
         print(f"{name} (n = {len(labels)}): {figures}")
 
 

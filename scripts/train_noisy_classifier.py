@@ -25,7 +25,10 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args, started = parser.parse_args(), time.perf_counter()
     config = load_config(args)
-    settings, num_classes = config["noisy_classifier"], read_json(args.dataset / "report.json")["num_classes"]
+    settings, report = config["noisy_classifier"], read_json(args.dataset / "report.json")
+    if report.get("kind") == "continuous":
+        raise errors.UserError(f"{args.dataset}: its label is continuous; classifier_guidance has a classifier of classes alone")
+    num_classes = report["num_classes"]
     base, process = load_base(config, args.num_threads)
     table, latents = read_parquet(args.dataset / "metadata.parquet"), {}
     for split, part in table[table["split"].isin(SPLITS)].groupby("split"):  # the held-out combinations have no use here

@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 from ctrl import control as controls
 from ctrl import errors, features
-from ctrl.evaluation import Samples, evaluate, load_samples, values_of, with_scores
+from ctrl.evaluation import Samples, by_target, evaluate, load_samples, values_of, with_scores
 from ctrl.figures.curves import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of
-from ctrl.pairs import SEED_OFFSETS, choose_setting, table_of_cells
+from ctrl.pairs import SEED_OFFSETS, choose_setting
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.guided import guidance_denoiser
-from scripts.loading import label_guidance_denoiser, load_base, load_cells, load_method
+from scripts.loading import label_guidance_denoiser, load_base, load_method, load_requests
 
 
 def main() -> None:
@@ -41,10 +41,9 @@ def main() -> None:
     report, network = read_json(args.dataset / "report.json"), features.load(config["evaluation"]["features"])
     oracles = [factor["oracle"] for factor in factors_of(report)]
     reference = load_samples(args.reference, oracles, report["num_classes"])
-    cells = load_cells(args.cells)
     per_label = config["tuning"]["num_images"] // report["num_classes"]
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS["val"]
-    rows = table_of_cells(cells, config["prompts"]["templates"]["val"], per_label, first_seed)
+    rows = load_requests(args.cells, config["prompts"]["templates"]["val"], per_label, first_seed)
 
     if method["family"] == "cfg":
         control = controls.load(base, args.adapter).merge()
@@ -60,10 +59,10 @@ def main() -> None:
             draw = denoised(base, process, make_denoiser(scale))
             images, tables = zip(*generate(base, rows, draw, config["sampler"]["batch_size"]), strict=True)
             pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
-            table = with_scores(pd.concat(tables).assign(file_name=""), pixels, oracles)
+            table = by_target(with_scores(pd.concat(tables).assign(file_name=""), pixels, oracles))
             samples = Samples(args.output, table, pixels, {})
             figures = evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
-            names = ["accuracy", "macro_f1", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]
+            names = ["accuracy", "macro_f1", "r2", "mae", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]
             sweep.append({"scale": scale, "n": len(table), **values_of(figures, names)})
             tracker.log_metrics({key: value for key, value in sweep[-1].items() if key != "scale"}, len(sweep))
         best = choose_setting(sweep)
@@ -72,7 +71,8 @@ def main() -> None:
         tuning_sweep(sweep, args.method, best["scale"], figure)
         tracker.log_artifact(args.output)
         tracker.log_artifact(figure)
-    print(f"{args.method}: scale {best['scale']:g} of {len(sweep)}, accuracy {best['accuracy']:.3f} on {best['n']} images")
+    reached = ", ".join(f"{name} {best[name]:.3f}" for name in ("accuracy", "r2") if name in best)
+    print(f"{args.method}: scale {best['scale']:g} of {len(sweep)}, {reached} on {best['n']} images")
 
 
 if __name__ == "__main__":

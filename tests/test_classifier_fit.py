@@ -30,7 +30,7 @@ def test_learns_jpeg_sizes_of_real_images(trained, real):
     result = evaluate(predict(classifier, images[val]), torch.from_numpy(labels[val]))
     assert result["n"] == 400 and result["after"]["accuracy"] > 0.92 and result["after"]["ece"] < 0.05
     assert result["after"]["nll"] < 0.25 and len(history) == 20 and history[-1]["epoch"] == 19
-    mean, scale = classifier.head.logistic(classifier.outputs(images[val] / 127.5 - 1))
+    mean, scale = classifier.head.location_scale(classifier.outputs(images[val] / 127.5 - 1))
     z = (torch.from_numpy(scores[val]) - mean) / (scale * math.pi / math.sqrt(3))
     assert scale.max() < 0.02 and 0.8 < z.std() < 1.3
 
@@ -42,7 +42,7 @@ def test_mean_follows_the_oracle_on_images_unlike_the_training_images(trained, r
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     for changed in (blurred, (images + 1) * 0.5 - 1, (images + 0.1 * torch.randn(100, 1, 32, 32)).clamp(-1, 1)):
         sizes = torch.tensor([oracles.jpeg_size_kb(image) for image in oracles.to_pil(changed)])
-        mean, _ = trained[0].head.logistic(trained[0].outputs(changed))
+        mean, _ = trained[0].head.location_scale(trained[0].outputs(changed))
         assert (mean - sizes).abs().mean() < 0.04 and torch.corrcoef(torch.stack([mean, sizes]))[0, 1] > 0.95
 
 
@@ -153,5 +153,5 @@ def test_pixels_see_brightness(real):
     classifier, _ = fit(images, scores, labels, splits, description, settings, seed=0)
     log_probs = predict(classifier, images)["after"]
     assert (log_probs.argmax(1).numpy() == labels).mean() > 0.99
-    scale = classifier.head.logistic(classifier.outputs(images[:50].float() / 127.5 - 1))[1] * classifier.temperature
+    scale = classifier.head.location_scale(classifier.outputs(images[:50].float() / 127.5 - 1))[1] * classifier.temperature
     assert (scale > 0.9 * classifier.head.MIN_SCALE * classifier.head.score_sd).all(), "no step that nothing climbs"

@@ -67,7 +67,7 @@ def test_labels_count_from_the_highest_score_where_descending():
     one = torch.ones(())
     assert head.log_probs(outputs, one, False).argmax(1).tolist() == [0, 3]
     assert head.log_probs(outputs, one, True).argmax(1).tolist() == [3, 0]
-    mean, sd = head.logistic(torch.tensor([[0.5, 0.0], [0.5, 100.0], [0.5, -100.0]]))
+    mean, sd = head.location_scale(torch.tensor([[0.5, 0.0], [0.5, 100.0], [0.5, -100.0]]))
     assert mean.tolist() == [1.5] * 3 and torch.allclose(sd / math.exp(-2), torch.tensor([1.0, 2.0, 0.5]))
 
 
@@ -83,7 +83,7 @@ def test_temperature_softens(head):
     if head == "softmax":
         expected = torch.log_softmax(outputs / 3, dim=1)
     else:
-        mean, scale = classifier.head.logistic(outputs)
+        mean, scale = classifier.head.location_scale(outputs)
         expected = interval_log_probs(mean, 3 * scale, classifier.head.edges).flip(1)
     classifier.temperature.fill_(1.5)
     assert torch.allclose(classifier.log_probs(images, 2.0), expected, atol=1e-5)

@@ -190,16 +190,16 @@ def test_codes_of_any_whole_type_are_taken():
 def test_labels_with_the_same_embedding_are_an_error():
     weight = torch.randn(2 + 3 + 1, 8, generator=torch.Generator().manual_seed(0))
     weight[-1] = 0
-    check_distinct(PAIR, weight, "here")
-    check_distinct(PAIR, weight + 0.01 * torch.tensor([[1.0], [0], [0], [0], [0], [0]]), "here")
+    check_distinct(PAIR, {"weight": weight}, "here")
+    check_distinct(PAIR, {"weight": weight + 0.01 * torch.tensor([[1.0], [0], [0], [0], [0], [0]])}, "here")
     twins = weight.clone()
     twins[4] = twins[3] + 1e-6
     with pytest.raises(UserError, match=r"here: label of shade 1 \(grey\) changes no image: its embedding is that of label of shade 2"):
-        check_distinct(PAIR, twins, "here")
+        check_distinct(PAIR, {"weight": twins}, "here")
     twins = weight.clone()
     twins[2] = twins[0]  # of another factor: their images differ in what else is asked for
-    check_distinct(PAIR, twins, "here")
+    check_distinct(PAIR, {"weight": twins}, "here")
     dead = weight[[0, 1, 2, 3, 5]].clone()
     dead[1] = 0
     with pytest.raises(UserError, match=r"label 1 \(large\) changes no image: its embedding is that of no label; train with more"):
-        check_distinct(Factors((SPACE,)), dead, "here")
+        check_distinct(Factors((SPACE,)), {"weight": dead}, "here")

@@ -64,7 +64,7 @@ def plan(repository, *arguments: str) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("configfile", ["config/config.yaml", "config/smoke.yaml", "config/multitask.yaml"])
+@pytest.mark.parametrize("configfile", ["config/config.yaml", "config/smoke.yaml", "config/multitask.yaml", "config/continuous.yaml"])
 def test_rules_of_the_demo(repository, configfile):
     assert plan(repository, "all", "--configfile", configfile) == DEMO
 

@@ -98,7 +98,7 @@ def _sweep(
         save(figure, path)
 
 
-IDEAL = {"accuracy": 1.0, "kid_rejection": 0.0, "kid_rejection_within": 0.0, "diversity": 1.0}
+IDEAL = {"accuracy": 1.0, "r2": 1.0, "kid_rejection": 0.0, "kid_rejection_within": 0.0, "diversity": 1.0}
 
 
 def gamma_sweep(evaluations: Sequence[dict], path: Path) -> None:
@@ -107,7 +107,7 @@ def gamma_sweep(evaluations: Sequence[dict], path: Path) -> None:
     evaluations: the JSON of scripts/evaluate.py for adapters, whose "settings" hold gamma.
     """
     rows = [{"gamma": e["settings"]["gamma"]} | e["metrics"] for e in evaluations]
-    names = ("accuracy", "kid_rejection", "kid_rejection_within", "diversity", "kl_nats")
+    names = ("accuracy", "r2", "kid_rejection", "kid_rejection_within", "diversity", "kl_nats")
     _sweep(rows, "gamma", "gamma", names, path, None, IDEAL)
 
 
@@ -116,5 +116,5 @@ def tuning_sweep(sweep: Sequence[dict], method: str, best: float, path: Path) ->
 
     sweep: rows with "scale", the metrics' values.
     """
-    names = ("accuracy", "kid_rejection", "kid_rejection_within", "diversity", "prompt_accuracy", "clip_score")
+    names = ("accuracy", "r2", "kid_rejection", "kid_rejection_within", "diversity", "prompt_accuracy", "clip_score")
     _sweep(sweep, "scale", f"scale of {method_name(method)}", names, path, best, IDEAL)

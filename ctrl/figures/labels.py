@@ -28,13 +28,17 @@ from ctrl.figures.style import (
     save,
 )
 from ctrl.labels import Factors
+from ctrl.targets import beyond
 
 
 def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins: int = 48) -> None:
     """Histograms of the measured score: a column for each method, a row for each requested label, its bin shaded, the share in it.
 
-    tables: method -> table with the columns label (requested) and score. Several factors: `scatter_of_factors` instead.
+    tables: method -> table with the columns label (requested) and score. Several factors: `scatter_of_factors` instead; a continuous
+    label: `scatter_of_targets`.
     """
+    if report.get("kind") == "continuous":
+        return scatter_of_targets(tables, report, path)
     if "factors" in report:
         return scatter_of_factors(tables, report, path)
     num_classes, colours = report["num_classes"], label_colours(report["num_classes"])
@@ -65,6 +69,33 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
         for axes in panels[:, 0]:  # room for the shares above the bars; a row has one y axis
             axes.set_ylim(top=1.35 * axes.get_ylim()[1])
         figure.supxlabel(f"measured {oracle_name(report)}   (shaded: what was asked for; dashed: edges of the bins)", fontsize=8)
+        save(figure, path)
+
+
+def scatter_of_targets(tables: Mapping[str, pd.DataFrame], report: dict, path: Path) -> None:
+    """What was asked for against what was reached, a panel for each method; requests beyond a subject's range are open circles.
+
+    tables: method -> table with the columns asked, score and label, the number of the target.
+    """
+    both = np.concatenate([t[["asked", "score"]].to_numpy() for t in tables.values()])
+    limits = np.quantile(both, [0.001, 0.999]) + np.array([-0.03, 0.03]) * np.ptp(both)
+    colours = method_colours(list(tables))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + 2.3 * len(tables), 2.8), layout="constrained")
+        for axes, (method, table) in zip(figure.subplots(1, len(tables), sharey=True, squeeze=False)[0], tables.items(), strict=True):
+            apart = beyond(table, report["num_classes"])
+            axes.plot(limits, limits, color=PALE, linewidth=0.8, linestyle=(0, (3, 2)))
+            for rows, face in ((~apart, colours[method]), (apart, "none")):
+                part = table[rows]
+                axes.scatter(part["asked"], part["score"].clip(*limits), s=6, facecolors=face, edgecolors=colours[method], linewidths=0.5)
+            note = f"MAE {(table['score'] - table['asked'])[~apart].abs().mean():.3g} (n = {(~apart).sum()})"
+            if apart.any():
+                note += f"\nbeyond {(table['score'] - table['asked'])[apart].abs().mean():.3g} (n = {apart.sum()})"
+            axes.text(0.03, 0.97, note, transform=axes.transAxes, va="top", fontsize=6.5, color=INK)
+            axes.set(xlim=limits, ylim=limits, aspect="equal")
+            axes.set_title(method_name(method), fontweight="bold")
+        figure.supxlabel(f"{oracle_name(report)} asked for   (open circles: beyond the subject's range)", fontsize=8)
+        figure.supylabel(f"reached {oracle_name(report)}", fontsize=8)
         save(figure, path)
 
 

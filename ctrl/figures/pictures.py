@@ -40,7 +40,15 @@ def _canvas(width: float, height: float, inches_a_unit: float) -> tuple[Figure, 
 
 
 def _caption(row: pd.Series, requested: int | None, report: dict) -> tuple[str, str]:
-    """The measured score (of each factor) and its colour: ink where it lies in the requested label's bin, red where it does not."""
+    """The measured score (of each factor) and its colour: ink where it is what was requested, red where it is not.
+
+    Of a continuous label also what was asked for.
+    """
+    if report.get("kind") == "continuous":
+        if requested is None:
+            return f"{row['score']:.4g}", INK
+        near = abs(row["score"] - row["asked"]) <= report["tolerance"]
+        return f"{row['score']:.4g} ({row['asked']:.4g})", INK if near else WRONG
     scores = factor_scores(pd.DataFrame([row]), report)
     text = " · ".join(f"{score[0]:.4g}" for score in scores.values())
     return text, INK if requested is None or measured_labels(scores, report)[0] == requested else WRONG
@@ -75,7 +83,10 @@ def grid_figure(
                 for k, i in enumerate(here):
                     text, colour = _caption(samples.table.iloc[i], y, report)
                     draw_picture(axes, samples.images[i], left + y * group + k * step, at, text, colour)
-        note = f"below each picture: {oracle_name(report)}, red where it misses the label; hatched: the pretrained model has hardly any"
+        asked = " (asked for)" if report.get("kind") == "continuous" else ""
+        note = (
+            f"below each picture: {oracle_name(report)}{asked}, red where it misses the label; hatched: hardly any by the pretrained model"
+        )
         axes.text(0.25, top + len(subjects) * row_height + 0.3, note, fontsize=7, va="center", color=PALE)
     return figure
 

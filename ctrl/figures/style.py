@@ -27,7 +27,8 @@ METHOD_COLOURS = {"pretrained": "#8a8a8a", "rejection": "#222222", "ctrl": "#d14
 FURTHER_COLOURS = ("#edae49", "#66a182", "#8d6cab", "#e07a5f", "#4f6d7a", "#b5838d")
 ORACLE_NAMES = {"jpeg_size": "JPEG size", "brightness": "brightness"}
 METRIC_NAMES = {
-    "accuracy": "accuracy", "macro_f1": "macro-F1", "kid_rejection": "KID to rejection", "kid_rejection_within": "KID within cells",
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "r2": "R² against the pretrained spread", "kid_rejection": "KID to rejection",
+    "kid_rejection_within": "KID within cells",
     "diversity": "diversity", "prompt_accuracy": "prompt accuracy", "clip_score": "CLIP score", "kl_nats": "path KL / nats",
     "log_prob": "log p̂(y | x) / nats", "oracle_accuracy": "oracle's accuracy on the probe", "temperature": "temperature of the classifier",
 }  # fmt: skip

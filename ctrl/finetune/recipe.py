@@ -21,13 +21,16 @@ from ctrl.sampling import noise_of, sample
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
 LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
-Cells = Sequence[tuple[str, int]]
+Cells = Sequence[tuple[str, int]] | Sequence[tuple[str, tuple[float, float]]]
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what: the (subject, label) `cells` in prompt `templates`, with the prompt guidance that both policies have."""
+    """What is trained on what: the (subject, label) or (subject, (low, high)) `cells` in prompt `templates`.
+
+    `guidance_scale` is that of the prompt, which both policies have.
+    """
 
     control: Control
     process: Process
@@ -91,9 +94,11 @@ class Batch:
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
         return (*((recomputed(psi), recomputed(pre)) if recompute else (psi, pre)), y, noise)
 
-    def variance(self, log_w: Tensor) -> float:
-        """var_log_w of this batch."""
-        return within_cell_variance(log_w, list(zip(self.subjects, self.labels.tolist(), strict=True)))
+    def variance(self, log_w: Tensor) -> dict[str, float]:
+        """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""
+        if self.labels.is_floating_point():
+            return {}
+        return {"var_log_w": within_cell_variance(log_w, list(zip(self.subjects, self.labels.tolist(), strict=True)))}
 
 
 def batch_function(task: Task, config: dict) -> Callable[[int], Batch]:
@@ -158,7 +163,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
         variance = batch.variance(gamma * terms["log_prob"] - terms["log_ratio"])
-        return {"loss": loss, **mean, "temperature": temperature, "var_log_w": variance}
+        return {"loss": loss, **mean, "temperature": temperature, **variance}
 
     return counted(task.control, gradient)
 
@@ -188,7 +193,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
         mean = {"reward": r.mean().item(), "kl_nats": kl.sum(0).mean().item()}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["reward"]
         variance = batch.variance((gamma * r - torch.cat([path["log_ratio"] for path in paths])).double().cpu())
-        held.update(batch=batch, paths=paths, advantage=advantage, figures={"loss": loss, **mean, "var_log_w": variance})
+        held.update(batch=batch, paths=paths, advantage=advantage, figures={"loss": loss, **mean, **variance})
 
     def gradient(update: int) -> dict[str, float]:
         if update % settings["reuse"] == 0:

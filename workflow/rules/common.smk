@@ -37,6 +37,7 @@ except UserError as error:
     os._exit(2)  # Snakemake would wrap any exception in a traceback
 
 RESULTS = f"results/{config['experiment']}"
+CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 CORES = workflow._cores or 2  # on a cluster, this many
 write_config(Path(RESULTS) / "config.json")
@@ -58,7 +59,7 @@ CORE = [*lib("base data labels process sampling generate oracles pairs"), "scrip
 CLASSIFIER = lib("classifier heads oracles labels networks dct")
 CONTROL = [*lib("control finetune/objective"), *CLASSIFIER]
 GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = lib("evaluation metrics features data labels")
+EVALUATION = lib("evaluation targets metrics features data labels")
 FIGURES = sorted(map(str, Path("ctrl/figures").glob("[a-z]*.py")))
 TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
@@ -66,16 +67,16 @@ CODE = {
     "train_garments": ["scripts/train_garments.py", *lib("features data")],
     "unpack_images": ["scripts/unpack_images.py", *lib("data")],
     "build_dataset": ["scripts/build_dataset.py", *lib("data labels oracles")],
-    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality data metrics")],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("data pairs")],
     "sample": ["scripts/sample.py", *CORE],
     "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
-    "finetune": ["scripts/finetune.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline")],
+    "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline")],
     "mixture": ["scripts/mixture.py", *lib("mixture proof"), *CORE, *GUIDANCE, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
-    "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles")],
+    "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
     "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
@@ -108,7 +109,8 @@ def cores(num_images: int) -> int:
 
 def methods(table: str) -> list[str]:
     """The rows of a table: `results` has those of the demo, `paper` all."""
-    return [name for name, row in METHODS.items() if table == "paper" or row["run"] == "demo"]
+    rows = {n: row for n, row in METHODS.items() if not (CONTINUOUS and row["guidance"] == "classifier_guidance")}  # it needs classes
+    return [name for name, row in rows.items() if table == "paper" or row["run"] == "demo"]
 
 
 def adapters(table: str) -> list[str]:

@@ -53,7 +53,11 @@ rule plot_figures:
     output:
         teaser=report("results/{experiment}/figures/teaser.png", caption="../report/teaser.rst", category="3 Results"),
         sizes=report("results/{experiment}/figures/sizes.png", caption="../report/sizes.rst", category="3 Results"),
-        confusion=report("results/{experiment}/figures/confusion.png", caption="../report/confusion.rst", category="3 Results"),
+        confusion=report(
+            expand("results/{{experiment}}/figures/{name}.png", name=[] if CONTINUOUS else ["confusion"]),
+            caption="../report/confusion.rst",
+            category="3 Results",
+        ),
         factors=report(
             expand("results/{{experiment}}/figures/{name}.png", name=["factors"] if config["label"]["factors"] else []),
             caption="../report/factors.rst",
@@ -99,7 +103,11 @@ use rule plot_figures as plot_figures_paper with:
     output:
         teaser=report("results/{experiment}/figures_paper/teaser.png", caption="../report/teaser.rst", category="6 Long run"),
         sizes=report("results/{experiment}/figures_paper/sizes.png", caption="../report/sizes.rst", category="6 Long run"),
-        confusion=report("results/{experiment}/figures_paper/confusion.png", caption="../report/confusion.rst", category="6 Long run"),
+        confusion=report(
+            expand("results/{{experiment}}/figures_paper/{name}.png", name=[] if CONTINUOUS else ["confusion"]),
+            caption="../report/confusion.rst",
+            category="6 Long run",
+        ),
         factors=report(
             expand("results/{{experiment}}/figures_paper/{name}.png", name=["factors"] if config["label"]["factors"] else []),
             caption="../report/factors.rst",

@@ -1,0 +1,65 @@
+"""What a training is given: what its trainer learns from, and the distance that its probe measures."""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ctrl import classifier as classifiers
+from ctrl import errors, evaluation, features
+from ctrl.base import Base
+from ctrl.data import load_images
+from ctrl.finetune.recipe import Examples, LogProb
+from ctrl.io import read_json, read_parquet
+from ctrl.labels import Continuous, Factors, factors_of
+from scripts.loading import reward_of_latents
+
+
+def contents(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def load_examples(base: Base, dataset: Path) -> Examples:
+    """The labelled images that the classifier was trained on, as latents."""
+    table = read_parquet(dataset / "metadata.parquet")
+    table = table[table["split"] == "train"]
+    latents = base.encode_images(load_images(table["path"]) / 127.5 - 1)
+    return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
+
+
+def distance_function(args: argparse.Namespace, config: dict) -> Callable[..., dict[str, float]]:
+    """`score(images, subjects, labels)` against --reference; no figure without one, or for a continuous label, where no two are alike."""
+    report = read_json(args.dataset / "report.json")
+    if not args.reference or report.get("kind") == "continuous":
+        return lambda *_: {}
+    oracles = [factor["oracle"] for factor in factors_of(report)]
+    reference = evaluation.load_samples(args.reference, oracles, report["num_classes"])
+    return evaluation.distance_to(reference, features.load(config["evaluation"]["features"]))
+
+
+def learned_from(
+    base: Base, space: Factors | Continuous, trainer: str, args: argparse.Namespace
+) -> tuple[LogProb | None, Examples | None, list[Path]]:
+    """What a trainer learns from: the oracle's agreement, labelled images, or log p̂(y | x); and the files whose content decides on it."""
+    report = args.dataset / "report.json"
+    if trainer == "supervised":
+        return None, load_examples(base, args.dataset), [report, args.dataset / "metadata.parquet"]
+    if trainer == "policy_gradient":
+        return reward_of_latents(base, trainer, None, args.dataset, space), None, [report]
+    classifier = classifiers.load(args.classifier).to(base.device)
+    if isinstance(space, Continuous) != isinstance(classifier, classifiers.Density):
+        raise errors.UserError(f"of {args.classifier} and {args.dataset} one has a continuous label, the other has not")
+    if isinstance(space, Factors) and space.num_classes != classifier.num_classes:
+        raise errors.UserError(f"{args.classifier} has {classifier.num_classes} labels, {args.dataset} has {space.num_classes}")
+    return reward_of_latents(base, trainer, classifier, args.dataset, space), None, [args.classifier / "config.json"]
+
+
+def check_labels(args: argparse.Namespace, space: Factors | Continuous, cells: list[tuple]) -> None:
+    """UserError where cells and dataset speak of different labels."""
+    if isinstance(space, Continuous):
+        space.check([y for _, limits in cells for y in limits])
+    elif wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
+        raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
