@@ -7,7 +7,7 @@ import torch
 
 from ctrl.errors import UserError
 from ctrl.labels import Factors
-from scripts import finetune
+from scripts import finetune, training
 
 SPACE = Factors.of(3)
 
@@ -22,14 +22,14 @@ def oracle(images):
 
 
 def test_policy_gradient_learns_from_the_oracle_whose_bins_the_report_has(base, args):
-    reward, examples, files = finetune.learned_from(base, oracle, SPACE, "policy_gradient", args)
+    reward, examples, files = training.learned_from(base, SPACE, "policy_gradient", args)
     assert reward(torch.zeros(2, *base.latent_shape), torch.tensor([0, 1])).tolist() == [1.0, 0.0]
     assert examples is None and files == [args.dataset / "report.json"]
 
 
 def test_supervised_learns_from_the_labelled_images(base, args, monkeypatch):
-    monkeypatch.setattr(finetune, "load_examples", lambda base, folder: ("examples of", folder))
-    reward, examples, files = finetune.learned_from(base, oracle, SPACE, "supervised", args)
+    monkeypatch.setattr(training, "load_examples", lambda base, folder: ("examples of", folder))
+    reward, examples, files = training.learned_from(base, SPACE, "supervised", args)
     assert reward is None and examples == ("examples of", args.dataset)
     assert files == [args.dataset / "report.json", args.dataset / "metadata.parquet"]
 
@@ -41,18 +41,18 @@ def test_backprop_learns_from_the_classifier(base, args, tmp_path):
     args.classifier.mkdir()
     description = {"network": "dct", "head": "density", "num_classes": 4, "descending": True}
     classifiers.save(args.classifier, classifiers.Classifier(description))
-    log_prob, examples, files = finetune.learned_from(base, oracle, Factors.of(4), "backprop", args)
+    log_prob, examples, files = training.learned_from(base, Factors.of(4), "backprop", args)
     assert callable(log_prob) and examples is None and files == [args.classifier / "config.json"]
     with pytest.raises(UserError, match="has 4 labels, .* has 3"):
-        finetune.learned_from(base, oracle, SPACE, "adjoint", args)
+        training.learned_from(base, SPACE, "adjoint", args)
 
 
 def test_the_content_of_the_data_is_part_of_a_runs_identity(tmp_path):
     (tmp_path / "report.json").write_text("{}")
-    before = finetune.digest({"gamma": 1.0}, finetune.contents([tmp_path / "report.json"]))
-    assert before == finetune.digest({"gamma": 1.0}, finetune.contents([tmp_path / "report.json"]))
+    before = finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
+    assert before == finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
     (tmp_path / "report.json").write_text("{ }")
-    assert before != finetune.digest({"gamma": 1.0}, finetune.contents([tmp_path / "report.json"]))
+    assert before != finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
 
 
 def test_a_missing_classifier_is_one_line(monkeypatch, tmp_path):
