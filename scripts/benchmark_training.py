@@ -19,8 +19,9 @@ from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
 from ctrl.io import read_json, write_text
 from ctrl.labels import Factors
 from ctrl.measure import Killed, alone, timed_updates
+from scripts.cells import load_cells
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_cells, new_control, reward_of_latents
+from scripts.loading import load_base, new_control, reward_of_latents
 
 
 def parse() -> argparse.Namespace:

@@ -9,7 +9,8 @@ from ctrl.doctor import Finding
 from ctrl.finetune.recipe import Task
 from ctrl.io import read_json
 from ctrl.labels import Factors
-from scripts.loading import load_base, load_training_cells, new_control, reward_of_latents
+from scripts.cells import load_training_cells
+from scripts.loading import load_base, new_control, reward_of_latents
 
 
 def trainer_cost(config: dict, args: argparse.Namespace) -> dict:

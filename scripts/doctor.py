@@ -21,9 +21,10 @@ from ctrl.gradients import finite_differences, pretrained_gradients
 from ctrl.io import read_json, read_parquet, write_json
 from ctrl.labels import Factors
 from ctrl.networks import to_float
+from scripts.cells import load_training_cells
 from scripts.common import SCHEMA, add_config_argument, load_config
 from scripts.costs import trainer_costs
-from scripts.loading import load_base, load_oracle, load_training_cells, log_prob_of_latents, pretrained_denoiser
+from scripts.loading import load_base, load_oracle, log_prob_of_latents, pretrained_denoiser
 
 
 def parse() -> argparse.Namespace:

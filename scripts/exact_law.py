@@ -14,7 +14,8 @@ from ctrl import classifier as classifiers
 from ctrl import errors
 from ctrl.data import load_images
 from ctrl.io import read_parquet
-from scripts.loading import load_cells, load_oracle
+from scripts.cells import load_cells
+from scripts.loading import load_oracle
 
 
 def weighted(log_p: torch.Tensor, hits: torch.Tensor, gamma: float) -> tuple[float, float, float]:

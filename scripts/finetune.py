@@ -19,8 +19,9 @@ from ctrl.finetune.recipe import Task, probe_function, train
 from ctrl.io import read_json
 from ctrl.labels import Continuous, check_distinct, space_of
 from ctrl.tracking import run
+from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_oracle, load_training_cells, new_control
+from scripts.loading import load_base, load_oracle, new_control
 from scripts.training import check_labels, contents, distance_function, learned_from
 
 

@@ -18,9 +18,10 @@ from ctrl.oracles import to_pil
 from ctrl.pairs import SEED_OFFSETS, table_of_subjects
 from ctrl.process import Process
 from ctrl.tracking import run
+from scripts.cells import load_requests
 from scripts.common import add_config_argument, load_config
 from scripts.guided import method_denoiser, particle_draw
-from scripts.loading import load_base, load_method, load_oracle, load_requests, log_prob_of_latents, strength_of
+from scripts.loading import load_base, load_method, load_oracle, log_prob_of_latents, strength_of
 
 
 def parse() -> argparse.Namespace:

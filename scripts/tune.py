@@ -16,9 +16,10 @@ from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of
 from ctrl.pairs import SEED_OFFSETS, choose_setting
 from ctrl.tracking import run
+from scripts.cells import load_requests
 from scripts.common import add_config_argument, load_config
 from scripts.guided import guidance_denoiser
-from scripts.loading import label_guidance_denoiser, load_base, load_method, load_requests
+from scripts.loading import label_guidance_denoiser, load_base, load_method
 
 
 def main() -> None:

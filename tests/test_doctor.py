@@ -292,7 +292,7 @@ def script(tmp_path, tiny_sd, monkeypatch, capsys):
     io.write_parquet(tmp_path / "dataset/metadata.parquet", pd.DataFrame(rows))
     report = {"oracle": "brightness", "unit": "", "num_classes": 2, "descending": True, "edges": [0.5], "label_names": ["light", "dark"]}
     io.write_json(tmp_path / "dataset/report.json", report)
-    io.write_json(tmp_path / "cells.json", {"cells": [[subject, y] for subject in SUBJECTS for y in (0, 1)]})
+    io.write_json(tmp_path / "cells.json", {"labels": [0, 1], "cells": [[subject, y] for subject in SUBJECTS for y in (0, 1)]})
     changes = {
         "base": {"path": str(tiny_sd)}, "sampler": {"num_steps": 2}, "prompts": {"subjects": SUBJECTS, "templates": {"train": TEMPLATES}},
         "finetune": {"batch_size": 4, "micro_batch_size": 4},
@@ -351,7 +351,7 @@ def test_labels_that_do_not_fit(base):
 def test_everything_is_measured_on_the_embedded_base(tmp_path, real, trained):
     write_dataset(tmp_path / "dataset", [part[:600] if len(part) > 3 else part for part in real])
     classifiers.save(tmp_path / "classifier", trained[0])
-    io.write_json(tmp_path / "cells.json", {"cells": [["pullover", 0], ["coat", 1], ["bag", 2], ["sneaker", 3]]})
+    io.write_json(tmp_path / "cells.json", {"labels": [0, 1, 2, 3], "cells": [["pullover", 0], ["coat", 1], ["bag", 2], ["sneaker", 3]]})
     io.write_json(
         tmp_path / "config.json", {"finetune": {"batch_size": 8, "micro_batch_size": 8}, "adapters": {"cfg": {"micro_batch_size": 8}}}
     )

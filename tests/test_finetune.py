@@ -7,7 +7,7 @@ import torch
 
 from ctrl.errors import UserError
 from ctrl.labels import Factors
-from scripts import finetune, training
+from scripts import finetune, loading, training
 
 SPACE = Factors.of(3)
 
@@ -21,7 +21,8 @@ def oracle(images):
     return torch.zeros(len(images), dtype=torch.int64)
 
 
-def test_policy_gradient_learns_from_the_oracle_whose_bins_the_report_has(base, args):
+def test_policy_gradient_learns_from_the_oracle_whose_bins_the_report_has(base, args, monkeypatch):
+    monkeypatch.setattr(loading, "load_oracle", lambda dataset: oracle)
     reward, examples, files = training.learned_from(base, SPACE, "policy_gradient", args)
     assert reward(torch.zeros(2, *base.latent_shape), torch.tensor([0, 1])).tolist() == [1.0, 0.0]
     assert examples is None and files == [args.dataset / "report.json"]

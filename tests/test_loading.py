@@ -4,7 +4,7 @@ import pytest
 
 from ctrl.errors import UserError
 from ctrl.io import write_json
-from scripts.loading import load_cells, load_training_cells
+from scripts.cells import load_cells, load_training_cells
 
 CELLS = {"labels": [0, 1, 3], "cells": [["coat", 0], ["bag", 1]], "free": [["bag", 3]], "held_out": [0]}
 
@@ -16,7 +16,8 @@ def write(folder, **changes):
 
 def test_the_table_asks_for_the_cells_and_training_also_for_what_leaves_factors_free(tmp_path):
     assert load_cells(write(tmp_path)) == [("coat", 0), ("bag", 1)]
-    assert load_training_cells(write(tmp_path)) == [("bag", 1), ("bag", 3)]
+    assert load_training_cells(write(tmp_path)) == [("coat", 0), ("bag", 1), ("bag", 3)]
+    assert load_training_cells(write(tmp_path), ask_held_out=False) == [("bag", 1), ("bag", 3)]
 
 
 @pytest.mark.parametrize("label", [-1, 2, 0.0, 1.5, True, "1", None, [0]])

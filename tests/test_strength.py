@@ -172,7 +172,7 @@ def test_strength_0_is_the_pretrained_model_bit_for_bit(tiny_sd, adapter, tmp_pa
         "prompts": {"subjects": ["coat", "bag"], "templates": {"train": ["{}"], "val": ["a {}"], "test": ["{}"]}},
     }  # fmt: skip
     write_json(tmp_path / "c.json", config)
-    write_json(tmp_path / "cells.json", {"cells": [["coat", 0], ["bag", 0], ["bag", 2]]})
+    write_json(tmp_path / "cells.json", {"labels": [0, 1, 2], "cells": [["coat", 0], ["bag", 0], ["bag", 2]]})
     expected, rows = draw(monkeypatch, tmp_path, "pretrained", "--method", "pretrained")
     write_json(adapter[0] / "adapter.json", adapter[1] | {"peak_memory_mb": 100.0})
     dialled = ["--method", "ctrl", "--adapter", adapter[0], "--strength"]

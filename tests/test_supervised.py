@@ -105,12 +105,7 @@ def labels_asked_for(control, examples, monkeypatch, size, update=5):
     """The codes of one update, without a network: what `supervised` would ask the denoiser for."""
     asked = []
     monkeypatch.setattr(control, "denoiser", lambda process, prompts, y: asked.append(y))
-
-    def spy(process, denoiser_of, x_0, rows, *args):
-        denoiser_of(process, rows)
-        return {"loss": torch.zeros(())}
-
-    monkeypatch.setattr(recipe, "supervised", spy)
+    monkeypatch.setattr(recipe, "supervised", lambda *args: {"loss": torch.zeros(())})
     supervised_gradient(Task(control, control.base.process(4), [("coat", 0)], ["{}"], 1.0, 0), examples, size)(update)
     return asked[0]
 
@@ -122,13 +117,13 @@ def test_one_factor_is_dropped_by_the_numbers_that_it_always_was(control, exampl
     assert torch.equal(labels_asked_for(control, examples, monkeypatch, 200), expected)
 
 
-def test_each_factor_is_dropped_by_itself(base, examples, monkeypatch):
+def test_each_factor_is_dropped_by_itself_and_all_together(base, examples, monkeypatch):
     space = Factors.of([2, 3])
     control = Control(base, space, 4, ["to_q"])
     both = Examples(examples.x_0, examples.prompts, space.check([(0, 1), (1, 2)] * 3))
     free = space.parts[labels_asked_for(control, both, monkeypatch, 10_000)] < 0
     share = torch.tensor([(free == torch.tensor(pattern)).all(1).float().mean() for pattern in ([1, 0], [0, 1], [1, 1], [0, 0])])
-    assert share.tolist() == pytest.approx([0.09, 0.09, 0.01, 0.81], abs=0.02)
+    assert share.tolist() == pytest.approx([0.081, 0.081, 0.109, 0.729], abs=0.02)
 
 
 def test_encoded_images_decode_to_themselves_in_scale(base):

@@ -30,7 +30,10 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "train_garments": {"ctrl/labels.py", "ctrl/oracles.py"},
     "unpack_images": {"ctrl/labels.py", "ctrl/oracles.py"},
     "estimate_cells": {"ctrl/metrics.py", "ctrl/oracles.py"},
-    "finetune": {*(f"ctrl/{name}.py" for name in ("evaluation", "features", "metrics", "noisy")), *SAMPLERS},  # the probe is no part of it
+    "finetune": {
+        *(f"ctrl/{name}.py" for name in ("evaluation", "features", "metrics", "noisy", "targets")),
+        *SAMPLERS,
+    },  # the probe is no part of it
     "train_noisy_classifier": {
         *(
             f"ctrl/{name}.py"
@@ -121,10 +124,12 @@ def test_fewer_images_are_those_of_the_dataset_the_classifier_and_the_scale(repo
     assert done.returncode == 0, done.stdout
     blocks = {re.match(r"\w+", block)[0]: block for block in done.stdout.split("\nrule ")[1:]}
     assert "--name cfg_n300" in blocks["finetune"] and "--dataset results/compressibility/dataset_n300" in blocks["finetune"]
-    assert "--classifier results/compressibility/classifier_n300" in blocks["finetune"]
+    assert "--classifier" not in blocks["finetune"]
     assert "--method cfg " in blocks["tune"] and "--adapter results/compressibility/adapters/cfg_n300" in blocks["tune"]
     assert "--tuning results/compressibility/tuning/cfg_n300.json" in blocks["sample_val"]
     assert "--classifier results/compressibility/classifier " in blocks["estimate_cells"], "cells are those of the experiment"
+    done = snakemake(repository, "-n", "-p", "--cores", "2", "results/compressibility/adapters/ctrl_n300/adapter.json")
+    assert "--classifier results/compressibility/classifier_n300" in done.stdout
 
 
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):

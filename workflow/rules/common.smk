@@ -55,7 +55,7 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
     return [f"{folder}/{name}.py" for name in names.split()]
 
 
-CORE = [*lib("base data labels process sampling generate oracles pairs"), "scripts/loading.py"]
+CORE = [*lib("base data labels process sampling generate oracles pairs"), "scripts/cells.py", "scripts/loading.py"]
 CLASSIFIER = lib("classifier heads oracles labels networks dct")
 CONTROL = [*lib("control finetune/objective"), *CLASSIFIER]
 GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
@@ -77,11 +77,11 @@ CODE = {
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles targets")],
-    "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
-    "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
+    "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength labels oracles")],
+    "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style labels oracles")],
     "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
-    "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
-    "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
+    "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style labels")],
+    "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves labels oracles")],
 }
 IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
     "embedded": (f"{RESULTS}/images", "metadata.csv"),

@@ -1,0 +1,57 @@
+"""What is asked for: cells.json, the (subject, label) pairs of the table and of the training."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ctrl.errors import UserError
+from ctrl.io import read_json
+from ctrl.pairs import table_of_cells, table_of_targets
+
+
+def load_cells(path: Path) -> list[tuple[str, int]]:
+    """The (subject, label) pairs of cells.json that the table asks for."""
+    cells = read_cells(path)
+    return check_cells(cells["cells"], cells["labels"], path)
+
+
+def read_cells(path: Path) -> dict:
+    """cells.json; UserError where it lists no pairs."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.get("ranges", content.get("cells")):
+        raise UserError(f"{path} has no (subject, label) pair: run scripts/estimate_cells.py again, with a lower cells.min_probability")
+    return content
+
+
+def load_requests(path: Path, templates: list[str], per_label: int, first_seed: int, beyond: bool = False) -> pd.DataFrame:
+    """The rows that every method is asked for by cells.json; `beyond`: of a continuous label, also targets beyond a subject's range."""
+    cells = read_cells(path)
+    if "ranges" not in cells:
+        return table_of_cells(load_cells(path), templates, per_label, first_seed)
+    extrapolation = cells["extrapolation"] if beyond else 0.0
+    return table_of_targets(cells["ranges"], cells["spread"], len(cells["labels"]), extrapolation, templates, per_label, first_seed)
+
+
+def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple]:
+    """The pairs to train on: with several factors also labels that leave some of them free; held-out combinations if `ask_held_out`.
+
+    Of a continuous label: (subject, (low, high)).
+    """
+    cells = read_cells(path)
+    if "ranges" in cells:
+        return [(subject, tuple(limits)) for subject, limits in cells["ranges"].items()]
+    held_out = [] if ask_held_out else cells.get("held_out", [])
+    training = [c for c in check_cells(cells["cells"] + cells.get("free", []), cells["labels"], path) if c[1] not in held_out]
+    if not training:
+        raise UserError(f"{path}: no (subject, label) pair is left to train on; set finetune.ask_held_out, or label.held_out to fewer")
+    return training
+
+
+def check_cells(pairs: list, labels: list[int], path: Path) -> list[tuple[str, int]]:
+    """`pairs` as tuples; UserError for the first that is no subject with one of the file's `labels`."""
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{path}: {pair!r} is no pair of a subject and a label; make it again by scripts/estimate_cells.py")
+        if type(pair[1]) is not int or pair[1] not in labels:
+            raise UserError(f"{path}: {pair[0]!r} asks for label {pair[1]!r}, but the labels are {', '.join(map(str, labels))}")
+    return [(subject, label) for subject, label in pairs]
