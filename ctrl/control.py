@@ -17,9 +17,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ctrl.base import Base
+from ctrl.embedding import FourierEmbedding, LabelEmbedding, check_distinct
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors
-from ctrl.labels import Categorical, Continuous, Factors, FourierEmbedding, LabelEmbedding, check_distinct
+from ctrl.labels import Categorical, Continuous, Factors
 from ctrl.process import Denoiser, Process
 
 LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ctrl.config import recipe_of, sample_of
 from ctrl.errors import UserError
 from ctrl.methods_page import markdown_table, overlap
+from ctrl.names import recipe_of, sample_of
 from ctrl.tables import SHOWN, number
 
 NAMES = {"ctrl": "CTRL", "cfg": "CFG", "pretrained": "pretrained", "rejection": "rejection (noise floor)"}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ctrl.config import dial_of, for_adapter, split_strength
+from ctrl.config import for_adapter
+from ctrl.names import dial_of, split_strength
 
 LEFT_OUT = (
     "Left out: the dataset, the classifier's training and cost, the evaluations, probes, figures; and labels rarer than one in as many as "

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ctrl.config import recipe_of
 from ctrl.costs import PUBLISHED
 from ctrl.errors import UserError
+from ctrl.names import recipe_of
 
 TARGET, MIN_DIVERSITY = 0.95, 0.9  # accuracy on the probe, at a final diversity
 FINAL = {  # of the evaluation at the end: metric -> (heading, factor, decimals)

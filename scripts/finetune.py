@@ -13,11 +13,12 @@ from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.config import for_adapter, needs_classifier
+from ctrl.embedding import check_distinct
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Task, probe_function, train
 from ctrl.io import read_json
-from ctrl.labels import Continuous, check_distinct, space_of
+from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run
 from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config

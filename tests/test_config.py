@@ -6,9 +6,10 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, check_scales, dial_of, for_adapter, merge, recipe_of, resolve, sample_of, split_strength
+from ctrl.config import MIXTURE, check, check_scales, for_adapter, merge, resolve
 from ctrl.errors import UserError
 from ctrl.finetune.objective import effective_gamma
+from ctrl.names import dial_of, recipe_of, sample_of, split_strength
 from scripts import common
 
 

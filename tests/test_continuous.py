@@ -17,9 +17,10 @@ from ctrl.adapter import write_adapter
 from ctrl.classifier_fit import fit
 from ctrl.control import Control
 from ctrl.data import describe_continuous
+from ctrl.embedding import FourierEmbedding
 from ctrl.errors import UserError
 from ctrl.heads import GaussianHead
-from ctrl.labels import Continuous, FourierEmbedding
+from ctrl.labels import Continuous
 from ctrl.oracles import to_pil
 from ctrl.pairs import choose_setting, draw, possible_ranges, table_of_targets
 from ctrl.sampling import noise_of, sample

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from ctrl.embedding import LabelEmbedding, check_distinct
 from ctrl.errors import UserError
-from ctrl.labels import Categorical, Factors, LabelEmbedding, check_codes, check_distinct
+from ctrl.labels import Categorical, Factors, check_codes
 
 SPACE = Categorical(4, ("huge", "large", "small", "tiny"))
 

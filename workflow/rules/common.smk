@@ -13,8 +13,8 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, compared_of, dial_of, for_adapter, needs_classifier, read_methods, recipe_of, resolve
-from ctrl.config import sample_of, split_strength, sweep_of
+from ctrl.config import UserError, check_scales, for_adapter, needs_classifier, read_methods, resolve
+from ctrl.names import compared_of, dial_of, recipe_of, sample_of, split_strength, sweep_of
 
 
 def write_config(path: Path) -> None:
@@ -57,7 +57,7 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 CORE = [*lib("base data labels process sampling generate oracles pairs"), "scripts/cells.py", "scripts/loading.py"]
 CLASSIFIER = lib("classifier heads oracles labels networks dct")
-CONTROL = [*lib("control finetune/objective"), *CLASSIFIER]
+CONTROL = [*lib("control embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = lib("evaluation targets metrics features data labels")
 FIGURES = sorted(map(str, Path("ctrl/figures").glob("[a-z]*.py")))
