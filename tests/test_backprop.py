@@ -1,11 +1,14 @@
 """The trainer's gradient: against automatic differentiation of the whole objective, finite differences, and cases known by hand."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
+from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop, clip_adjoint
-from ctrl.finetune.objective import annealed, effective_gamma, learning_rate_factor, within_cell_variance
+from ctrl.finetune.objective import annealed, effective_gamma, learning_rate_factor, term_weights, within_cell_variance
 from ctrl.process import Process
 
 ABAR = torch.tensor([0.05, 0.3, 0.7])
@@ -55,6 +58,40 @@ def test_full_gradient_is_that_of_the_objective(noise, gamma, kl_weight):
     expected, psi.weight.grad = psi.weight.grad, None
     backprop(PROCESS, psi, PRE, log_prob, noise, gamma, kl_weight)
     assert torch.allclose(psi.weight.grad, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [backprop, adjoint])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_terms_of_some_steps_stand_for_all(noise, trainer, num_terms):
+    """The mean over every choice of steps is the full gradient, and the full KL; pre is not run by backprop where a step is left out."""
+    psi, passes = Toy(), []
+
+    def pre(x, i):
+        passes.append(i)
+        return PRE(x, i)
+
+    def gradient(weights):
+        psi.weight.grad = None
+        figures = trainer(PROCESS, psi, pre, log_prob, noise, 2.0, weights=weights)
+        return psi.weight.grad, figures["kl_nats"], figures["log_ratio"]
+
+    full, kl, log_ratio = gradient(None)
+    chosen = list(itertools.combinations(range(3), num_terms))
+    passes.clear()
+    parts = [gradient([3 / num_terms if i in steps else 0.0 for i in range(3)]) for steps in chosen]
+    assert torch.allclose(sum(p[0] for p in parts) / len(parts), full, rtol=1e-6)
+    assert torch.allclose(sum(p[1] for p in parts) / len(parts), kl, rtol=1e-6)
+    assert all(p[2].isnan().all() for p in parts) and not log_ratio.isnan().any(), "log psi/pre of a path needs every step"
+    if trainer is backprop:
+        assert len(passes) == sum(map(len, chosen))
+
+
+def test_the_terms_are_drawn_among_the_active_steps():
+    active, generator = [True, False, True, True, True], torch.Generator().manual_seed(0)
+    draws = torch.tensor([term_weights(active, 2, generator) for _ in range(2000)])
+    assert (draws[:, 1] == 0).all() and ((draws > 0).sum(1) == 2).all() and set(draws.unique().tolist()) == {0.0, 2.0}
+    assert torch.allclose(draws.mean(0), torch.tensor(active).float(), atol=0.1)
+    assert term_weights(active, None, generator) is term_weights(active, 4, generator) is None
 
 
 def test_shares_of_micro_batches_add_up(noise):

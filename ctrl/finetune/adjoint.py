@@ -26,11 +26,13 @@ def adjoint(
     share: float = 1.0,
     active: Sequence[bool] | None = None,
     max_adjoint_norm: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
-    Arguments and result are those of `backprop`, without a truncation. `kl_weight` scales the regularisation: the target shift of mu is
-    sigma_t² g_s / kl_weight. Raises ValueError for a `kl_weight` of 0, where there is nothing to regress on.
+    Arguments and result are those of `backprop`, without a truncation; where a weight is 0, nothing is regressed. `kl_weight` scales
+    the regularisation: the target shift of mu is sigma_t² g_s / kl_weight. Raises ValueError for a `kl_weight` of 0, where there is
+    nothing to regress on.
     """
     if kl_weight <= 0:
         raise ValueError("adjoint matching needs a KL: kl_weight must be above 0; maximise a reward alone by backprop")
@@ -48,12 +50,15 @@ def adjoint(
         x_t = path[i].detach().requires_grad_()
         eps_pre = pre(x_t, i)
         (g_t,) = torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)
-        if acts[i]:
+        weight = float(acts[i]) if weights is None else acts[i] * weights[i]
+        if acts[i] and weight == 0:
+            log_ratio = log_ratio + torch.nan
+        elif acts[i]:
             eps_pre, sigma = eps_pre.detach(), process.sigma(i)
             eps = psi(path[i].detach(), i)
             miss = process.eps_coefficient(i) * (eps - eps_pre) - sigma**2 / kl_weight * g
-            (share * kl_weight * miss.square().sum() / (2 * sigma**2)).backward()
-            kl = kl + process.kl(i, eps.detach(), eps_pre)
+            (weight * share * kl_weight * miss.square().sum() / (2 * sigma**2)).backward()
+            kl = kl + weight * process.kl(i, eps.detach(), eps_pre)
             log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre, noise[i + 1])
         g = bounded(g_t, max_adjoint_norm)
     return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x_0.detach()}

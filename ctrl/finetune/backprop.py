@@ -26,13 +26,15 @@ def backprop(
     share: float = 1.0,
     active: Sequence[bool] | None = None,
     max_adjoint_norm: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
     for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
     `max_adjoint_norm` bounds the norm of every trajectory's adjoint g_t = ∂loss/∂x_t, at every step: see `clip_adjoint`.
-    Returns log_prob, kl_nats, log_ratio (log psi/pre of the path) and x_0, detached.
+    `weights` multiply each step's KL (see `objective.term_weights`); where one is 0, pre is not run.
+    Returns log_prob, kl_nats, log_ratio (log psi/pre of the path; NaN where steps were left out) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
     first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps
@@ -46,10 +48,14 @@ def backprop(
         if active is not None and not active[i]:
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
-        eps = psi(x, i)
+        eps, weight = psi(x, i), 1.0 if weights is None else weights[i]
+        if weight == 0:
+            log_ratio = log_ratio + torch.nan
+            x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
+            continue
         with torch.set_grad_enabled(x.requires_grad):
             eps_pre = pre(x, i)
-        kl_i = process.kl(i, eps, eps_pre)
+        kl_i = weight * process.kl(i, eps, eps_pre)
         kl = kl + kl_i.detach()
         log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre.detach(), noise[i + 1])
         if (i < first).all():  # nothing later depends on this step's graph: free it now

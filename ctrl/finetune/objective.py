@@ -28,6 +28,16 @@ def annealed(done: float, start: float, hold: float, end: float) -> float:
     return math.exp(math.log(start) * (1 - max(done - hold, 0) / (end - hold)))
 
 
+def term_weights(active: Sequence[bool], num_terms: int | None, generator: torch.Generator) -> list[float] | None:
+    """A weight for each step's KL or regression term: `num_terms` of the active steps, drawn at random, stand for all of them, the others
+    have 0. The expectation over the draw is the full sum. None, for no weights: all steps."""
+    steps = [i for i, acts in enumerate(active) if acts]
+    if num_terms is None or num_terms >= len(steps):
+        return None
+    kept = {steps[k] for k in torch.randperm(len(steps), generator=generator)[:num_terms].tolist()}
+    return [len(steps) / num_terms if i in kept else 0.0 for i in range(len(active))]
+
+
 def learning_rate_factor(update: int, num_updates: int, warmup: int, decay: str) -> float:
     """Linear warm-up over `warmup` updates; then constant (`none`), or a half cosine down to 0 at the end (`cosine`)."""
     factor = min(1.0, (update + 1) / max(warmup, 1))

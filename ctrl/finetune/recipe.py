@@ -12,7 +12,7 @@ from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
-from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, within_cell_variance
+from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, term_weights, within_cell_variance
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.supervised import supervised
 from ctrl.pairs import draw
@@ -149,13 +149,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
             low, high = config["truncation"]
             cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=batch.generator).clamp(max=batch.process.num_steps)}
         temperature = annealed(update / config["num_updates"], start, softening["hold"], softening["end"])
-        parts = []
+        parts, active = [], task.control.active(batch.process)
         for rows in torch.arange(size).split(config["micro_batch_size"]):
             psi, pre, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
-                    active=task.control.active(batch.process), max_adjoint_norm=max_adjoint_norm,
+                    active=active, max_adjoint_norm=max_adjoint_norm, weights=term_weights(active, config["num_terms"], batch.generator),
                     **{key: k[rows] for key, k in cut.items()},
                 )
             )  # fmt: skip
