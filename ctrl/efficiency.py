@@ -75,7 +75,7 @@ def section(table: pd.DataFrame) -> str:
     further = [c for c in table if c.startswith("classifier_accuracy")]
     rows = []
     for _, row in table.iterrows():
-        own = [f"{row[c]:.3f}" if pd.notna(row[c]) else "–" for c in further]
+        own = [f"{row[c]:.3f} (n = {row['classifier_n']:.0f})" if pd.notna(row[c]) else "–" for c in further]
         scale = f"{row['scale']:g}" if pd.notna(row.get("scale")) else "–"
         cells = [count(row["num_images"]), f"{row['n']:.0f}", *(number(row, name) for name in names), *own, scale]
         rows.append([NAMES.get(row["method"], row["method"]), *cells])

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ctrl.config import for_adapter
-from ctrl.names import dial_of, split_strength
+from ctrl.names import dial_of, split_strength, sweep_of
 
 LEFT_OUT = (
     "Left out: the dataset, the classifier's training and cost, the evaluations, probes, figures; and labels rarer than one in as many as "
-    "there are, for which rejection draws longer. Costs grow in proportion to the batch here; a GPU is faster."
+    "there are and continuous ones, for which rejection draws longer. Costs grow in proportion to the batch here; a GPU is faster."
 )
 
 
@@ -37,6 +37,7 @@ def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], u
     by_name = {m["method"]: m for m in methods}
     subjects, labels = len(config["prompts"]["subjects"]), config["label"]["num_classes"]
     num_images = config["evaluation"]["images_per_label"] * labels
+    num_test = config["evaluation"]["images_per_label"] * (labels + 2 * (config["label"]["kind"] == "continuous"))  # also beyond the range
 
     def draw(name: str, output: str, num: int, method: Mapping) -> Job:
         kind, factor = image_cost(method, config)
@@ -53,7 +54,8 @@ def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], u
         if scales := config["tuning"].get(method["guidance"], {}):
             num = config["tuning"]["num_images"] * len(scales["scale"])
             found.append(draw(f"tune {name}", f"tuning/{method['guidance']}.json", num, method))
-        found.append(draw(f"sample {name}", f"samples/{name}/samples.parquet", num_images, method))
+        num = num_images if method["family"] == "rejection" else num_test
+        found.append(draw(f"sample {name}", f"samples/{name}/samples.parquet", num, method))
     rejection = {"family": "rejection"}
     for folder in ("samples/rejection_reference", "samples_val/rejection"):
         found.append(draw(f"sample {folder}", f"{folder}/samples.parquet", num_images, rejection))
@@ -65,11 +67,6 @@ def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], u
             num = num_images * (1 if strength in (0, 1) else 2)  # others take both models
             found.append(draw(f"sample samples_val/{name}", f"samples_val/{name}/samples.parquet", num, plain))
     return found
-
-
-def sweep_of(config: Mapping) -> list[str]:
-    """The adapters of the sweep of gamma: `ctrl` is the one with the configured gamma."""
-    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
 
 
 def adapters_of(config: Mapping, methods: Sequence[Mapping]) -> list[str]:

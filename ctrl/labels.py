@@ -104,6 +104,10 @@ class Factors:
         return self.num_classes
 
     @property
+    def num_factors(self) -> int:
+        return len(self.factors)
+
+    @property
     def num_codes(self) -> int:
         return len(self.parts)
 
@@ -242,7 +246,7 @@ class Continuous:
     unit: str = ""
 
     null = math.nan  # of the class: the null label, "no control"
-    names = ()
+    names, num_factors = (), 1
 
     def __post_init__(self):
         values = (self.low, self.high, self.mean, self.sd, self.extrapolation, self.tolerance)
@@ -277,6 +281,10 @@ class Continuous:
         if labels.isinf().any():
             raise UserError(f"labels must be finite; {self.describe()}")
         return labels
+
+    def freed(self, labels: Tensor, free: Tensor) -> Tensor:
+        """The labels (B,), NaN where `free`, bool (B, 1), says so."""
+        return labels.masked_fill(free[:, 0], math.nan)
 
     def label(self, y: float) -> float | None:
         """What a user writes."""

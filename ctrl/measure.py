@@ -16,6 +16,7 @@ from ctrl.base import Base
 from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.recipe import Examples, LogProb, Task, gradient_function, optimizer_of, supervised_gradient, updates_per_draw
+from ctrl.pairs import draw
 
 
 def seconds(function: Callable[[], object], device: torch.device | str = "cpu", repeats: int = 2) -> float:
@@ -36,9 +37,9 @@ def update_function(task: Task, log_prob: LogProb, config: dict, size: int) -> C
     config = config | {"batch_size": size, "micro_batch_size": size}
     if config["trainer"] != "supervised":
         return gradient_function(task, log_prob, config)
-    prompts = [task.templates[0].format(subject) for subject, _ in task.cells]
-    x_0 = torch.randn(len(prompts), *task.control.base.latent_shape, device=task.control.base.device)
-    return supervised_gradient(task, Examples(x_0, prompts, torch.tensor([y for _, y in task.cells])), size)
+    prompts, _, labels = draw(task.cells, task.templates, size, torch.Generator().manual_seed(task.seed))
+    x_0 = torch.randn(size, *task.control.base.latent_shape, device=task.control.base.device)
+    return supervised_gradient(task, Examples(x_0, prompts, labels), size)
 
 
 def timed_updates(config: dict, number: int) -> list[int]:

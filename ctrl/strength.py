@@ -44,6 +44,8 @@ def check(strengths: Sequence[Mapping], gammas: Sequence[Mapping]) -> None:
                 raise UserError(
                     f"the evaluation of {e['method']!r} has no strength and gamma; draw and evaluate its samples with --adapter"
                 )
+            if "accuracy" not in e["metrics"]:
+                raise UserError(f"the evaluation of {e['method']!r} has no accuracy: a continuous label has no strengths to compare")
             found.append(e["settings"][dial])
         if twice := [value for value in found if found.count(value) > 1]:
             raise UserError(f"there are two evaluations with {dial} {twice[0]:g}; give one")

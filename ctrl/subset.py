@@ -24,6 +24,8 @@ def subset(table: pd.DataFrame, report: dict, size: int, digests: pd.Series) -> 
     In each split the first by `digests` stay, so that a subset is part of every larger one. Bins and labels stay as they are. UserError
     where there are no more than `size` training images, or where a label that was among them is no longer.
     """
+    if report.get("kind") == "continuous":
+        raise UserError("sample_sizes: they are for labels that are classes; label.kind is continuous")
     split, num_train = table["split"], sum(report["counts"]["train"])
     if not 0 < size < num_train:
         raise UserError(f"sample_sizes: {size} must be from 1 to {num_train - 1}: of {num_train} training images, all are a row anyway")

@@ -75,6 +75,8 @@ def build(runs: Sequence[Run]) -> pd.DataFrame:
     """
     if len(devices := sorted({run.adapter["device"] for run in runs})) > 1:
         raise UserError(f"the adapters were trained on {' and '.join(devices)}; seconds cannot be compared: train on one machine")
+    if any("accuracy" not in run.evaluation["metrics"] for run in runs):
+        raise UserError("trainers are compared by their accuracy; a continuous label has none")
     rows = []
     for recipe, its in by_recipe(runs).items():
         settings, table = its[0].adapter["finetune"], pd.DataFrame([run.figures() for run in its], dtype=float)

@@ -17,11 +17,12 @@ from ctrl.figures import trainers as figures
 from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
 from ctrl.io import read_json, write_text
-from ctrl.labels import Factors
+from ctrl.labels import space_of
 from ctrl.measure import Killed, alone, timed_updates
-from scripts.cells import load_cells
+from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base, new_control, reward_of_latents
+from scripts.training import check_labels
 
 
 def parse() -> argparse.Namespace:
@@ -70,8 +71,8 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
     settings = config["finetune"]
     base, process = load_base(config, args.num_threads)
     classifier = classifiers.load(args.classifier).to(base.device)
-    space, cells = Factors.from_report(read_json(args.dataset / "report.json")), load_cells(args.cells)
-    space.check([y for _, y in cells])
+    space, cells = space_of(read_json(args.dataset / "report.json")), load_training_cells(args.cells, settings["ask_held_out"])
+    check_labels(args, space, cells)
     control = new_control(base, process, space, config)
     templates, guidance_scale = config["prompts"]["templates"]["train"], config["sampler"]["guidance_scale"]
     task = Task(control, process, cells, templates, guidance_scale, config["seed"])

@@ -117,6 +117,8 @@ def main() -> None:
     config = load_config(args)
     if config["base"]["kind"] != "stable_diffusion":
         raise errors.UserError("--config: the doctor looks at images; on a Gaussian mixture everything is known")
+    if config["label"]["kind"] == "continuous":
+        raise errors.UserError("--config: label.kind is continuous; the doctor looks at labels that are classes")
     if min(args.num_trajectories, args.num_images) < 1:
         raise errors.UserError("--num-trajectories and --num-images must be 1 or more")
     free_mb = measure.free_memory_mb("cuda" if torch.cuda.is_available() else "cpu")

@@ -81,8 +81,8 @@ def main() -> None:
 
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
-    asked = (templates["train"], templates["val"], cells)
-    identity = digest(settings, sampler, *asked, base.fingerprint(), config["seed"], contents(files))
+    prompts = templates["train"], templates["val"]
+    identity = digest(settings, sampler, *prompts, cells, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
     with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
 

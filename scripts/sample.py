@@ -98,6 +98,8 @@ def figures_of_adapter(
     figures = {"train_seconds": adapter["train_seconds"], "train_peak_memory_mb": adapter["peak_memory_mb"]}
     if args.classifier:
         log_prob = log_prob_of_latents(base, classifiers.load(args.classifier).to(base.device))
+        if "target" in samples:  # a continuous label: not what lies beyond the ranges that it was trained for
+            samples = samples[samples["target"].between(0, config["label"]["num_classes"] - 1)]
         rows = samples.sample(min(num_images, len(samples)), random_state=0)
         figures |= path_figures(
             base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, adapter["gamma"],

@@ -25,7 +25,9 @@ def annealed(done: float, start: float, hold: float, end: float) -> float:
     """Factor on the classifier's temperature after a share `done` of the updates: `start` up to `hold`, then geometric to 1 at `end`."""
     if done >= end:
         return 1.0
-    return math.exp(math.log(start) * (1 - max(done - hold, 0) / (end - hold)))
+    if done <= hold:
+        return start
+    return math.exp(math.log(start) * (1 - (done - hold) / (end - hold)))
 
 
 def term_weights(active: Sequence[bool], num_terms: int | None, generator: torch.Generator) -> list[float] | None:

@@ -150,12 +150,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
             cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=batch.generator).clamp(max=batch.process.num_steps)}
         temperature = annealed(update / config["num_updates"], start, softening["hold"], softening["end"])
         parts, active = [], task.control.active(batch.process)
+        weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in torch.arange(size).split(config["micro_batch_size"]):
             psi, pre, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
-                    active=active, max_adjoint_norm=max_adjoint_norm, weights=term_weights(active, config["num_terms"], batch.generator),
+                    active=active, max_adjoint_norm=max_adjoint_norm, weights=weights,
                     **{key: k[rows] for key, k in cut.items()},
                 )
             )  # fmt: skip
@@ -217,7 +218,7 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
     With several factors each is dropped by itself: guidance is asked for labels that leave some of them free, too.
     """
     control, process = task.control, task.process
-    labels, num_factors = control.space.check_codes(examples.labels, len(examples.x_0)), len(control.space.factors)
+    labels, num_factors = control.space.check_codes(examples.labels, len(examples.x_0)), control.space.num_factors
     if len(examples.prompts) != len(labels):
         raise UserError(f"the labelled images have {len(examples.prompts)} prompts and {len(labels)} labels: one of each is needed")
 

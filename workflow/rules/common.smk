@@ -39,6 +39,7 @@ except UserError as error:
 RESULTS = f"results/{config['experiment']}"
 CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
+DIAL = [] if config["label"]["kind"] == "continuous" else ["tables/strength.csv", "figures/strength.png"]  # it compares accuracies
 CORES = workflow._cores or 2  # on a cluster, this many
 write_config(Path(RESULTS) / "config.json")
 

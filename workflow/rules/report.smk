@@ -167,8 +167,7 @@ rule write_methods_page:
         adapters=expand("results/{{experiment}}/adapters/{adapter}/adapter.json", adapter=adapters("paper")),
         figures=expand("results/{{experiment}}/figures_paper/{name}.png", name=("teaser", "sizes", "training")),
         sweep="results/{experiment}/figures/gamma_sweep.png",
-        strength="results/{experiment}/tables/strength.csv",
-        dial="results/{experiment}/figures/strength.png",
+        strength=expand("results/{{experiment}}/{name}", name=DIAL),
     output:
         page="results/{experiment}/methods.md",
     log:
@@ -179,6 +178,8 @@ rule write_methods_page:
     params:
         config="results/{experiment}/config.json",
         command="snakemake paper --cores all",
+        strength=lambda wildcards, input: ["--strength", input.strength[0]] if DIAL else [],
+        dial=lambda wildcards, input: input.strength[1:],
     shell:
         """
         python scripts/write_methods_page.py \
@@ -188,8 +189,8 @@ rule write_methods_page:
             --samples {input.samples:q} \
             --adapters {input.adapters:q} \
             --command {params.command:q} \
-            --strength {input.strength:q} \
-            --figures {input.figures:q} {input.sweep:q} {input.dial:q} \
+            {params.strength:q} \
+            --figures {input.figures:q} {input.sweep:q} {params.dial:q} \
             --output {output.page:q} 2>&1 | tee {log:q}
         """
 
@@ -200,5 +201,5 @@ rule paper:
         all_targets(),
         all_targets("paper"),
         f"{RESULTS}/figures/gamma_sweep.png",
-        f"{RESULTS}/figures/strength.png",
+        expand(f"{RESULTS}/{{name}}", name=DIAL),
         f"{RESULTS}/methods.md",
