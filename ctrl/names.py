@@ -11,6 +11,11 @@ VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<s
 DIALLED = re.compile(r"(?P<method>.+)_strength(?P<strength>\d+(\.\d+)?)")
 
 
+def decimal(number: float) -> str:
+    """As short as can be, without an exponent."""
+    return format(Decimal(str(number)).normalize(), "f")
+
+
 def recipe_of(name: str) -> str:
     """`ctrl` of `ctrl_gamma3_seed1`: an adapter's name without what it varies."""
     return VARIANT.fullmatch(name)["recipe"]
@@ -29,7 +34,7 @@ def split_strength(method: str) -> tuple[str, dict[str, str]]:
 
 def sweep_of(config: dict) -> list[str]:
     """The adapters of the sweep of gamma: the configured gamma is `ctrl` itself."""
-    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{gamma:g}" for gamma in config["gamma_sweep"]]
+    return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{decimal(gamma)}" for gamma in config["gamma_sweep"]]
 
 
 def compared_of(config: dict) -> list[str]:
@@ -40,4 +45,4 @@ def compared_of(config: dict) -> list[str]:
 
 def dial_of(config: dict) -> list[str]:
     """The methods of the strength dial, by strength: 1 is `ctrl` itself."""
-    return ["ctrl" if s == 1 else f"ctrl_strength{format(Decimal(str(s)).normalize(), 'f')}" for s in config["strengths"]]
+    return ["ctrl" if s == 1 else f"ctrl_strength{decimal(s)}" for s in config["strengths"]]

@@ -243,7 +243,7 @@ def test_sentences_follow_from_the_figures(tmp_path):
     assert "CFG's interval meets the noise floor's with 1,200;" in kid and "CTRL's interval meets the noise floor's with none." in kid
     assert seconds == "A training took 61 to 61 s for CFG, 61 to 61 s for CTRL."
     text = efficiency.section(table)
-    assert "| CTRL | 300 | 512 | 0.890 [0.870, 0.910] | 60.0 [40.0, 80.0] | 120.0 [100.0, 140.0] | 0.920 | – |" in text
+    assert "| CTRL | 300 | 512 | 0.890 [0.870, 0.910] | 60.0 [40.0, 80.0] | 120.0 [100.0, 140.0] | 0.920 (n = 64) | – |" in text
     assert "| CFG | 1,200 | 512 |" in text and "| rejection (noise floor) | – | 512 | 1.000" in text
     table.to_csv(tmp_path / "t.csv", index=False)
     assert efficiency.section(pd.read_csv(tmp_path / "t.csv")) == text, "from the file, too"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
 from ctrl.config import UserError, check_scales, for_adapter, needs_classifier, read_methods, resolve
-from ctrl.names import compared_of, dial_of, recipe_of, sample_of, split_strength, sweep_of
+from ctrl.names import compared_of, decimal, dial_of, recipe_of, sample_of, split_strength, sweep_of
 
 
 def write_config(path: Path) -> None:
@@ -39,7 +39,7 @@ except UserError as error:
 RESULTS = f"results/{config['experiment']}"
 CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
-DIAL = [] if config["label"]["kind"] == "continuous" else ["tables/strength.csv", "figures/strength.png"]  # it compares accuracies
+DIAL = [] if CONTINUOUS else ["tables/strength.csv", "figures/strength.png"]  # it compares accuracies
 CORES = workflow._cores or 2  # on a cluster, this many
 write_config(Path(RESULTS) / "config.json")
 
@@ -56,12 +56,11 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
     return [f"{folder}/{name}.py" for name in names.split()]
 
 
-CORE = [*lib("base data labels process sampling generate oracles pairs"), "scripts/cells.py", "scripts/loading.py"]
+CORE = [*lib("base data labels process sampling generate oracles pairs"), *lib("cells loading", "scripts")]
 CLASSIFIER = lib("classifier heads oracles labels networks dct")
 CONTROL = [*lib("control embedding finetune/objective"), *CLASSIFIER]
-GUIDANCE = ["scripts/guided.py", *sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
+GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = lib("evaluation targets metrics features data labels")
-FIGURES = sorted(map(str, Path("ctrl/figures").glob("[a-z]*.py")))
 TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
@@ -71,13 +70,17 @@ CODE = {
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("data pairs")],
-    "sample": ["scripts/sample.py", *CORE],
-    "tune": ["scripts/tune.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
+    "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
+    "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
     "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline")],
-    "mixture": ["scripts/mixture.py", *lib("mixture proof"), *CORE, *GUIDANCE, *TRAINERS],
+    "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling guidance/classifier guidance/reconstruction"), *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
-    "plot_figures": ["scripts/plot_figures.py", *FIGURES, *lib("evaluation labels oracles targets")],
+    "plot_figures": [
+        "scripts/plot_figures.py",
+        *lib("curves labels pictures style", "ctrl/figures"),
+        *lib("evaluation labels oracles targets"),
+    ],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength labels oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style labels oracles")],
     "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
@@ -110,7 +113,8 @@ def cores(num_images: int) -> int:
 
 def methods(table: str) -> list[str]:
     """The rows of a table: `results` has those of the demo, `paper` all."""
-    rows = {n: row for n, row in METHODS.items() if not (CONTINUOUS and row["guidance"] == "classifier_guidance")}  # it needs classes
+    same = f"ctrl_gamma{decimal(config['finetune']['gamma'])}"  # as `ctrl` is already
+    rows = {n: row for n, row in METHODS.items() if n != same and not (CONTINUOUS and row["guidance"] == "classifier_guidance")}
     return [name for name, row in rows.items() if table == "paper" or row["run"] == "demo"]
 
 

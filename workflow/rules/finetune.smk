@@ -17,8 +17,8 @@ rule finetune:
         ),
         cells="results/{experiment}/cells.json",
         report=lambda wildcards: f"{RESULTS}/dataset{sample_of(wildcards.adapter)}/report.json",
-        features=files_of(config["evaluation"]["features"]),
-        reference=ancient("results/{experiment}/samples_val/rejection/samples.parquet"),  # of the probe alone: no reason to train again
+        features=ancient(files_of(config["evaluation"]["features"])),  # of the probe alone, like the reference: no reason to train again
+        reference=ancient("results/{experiment}/samples_val/rejection/samples.parquet"),
     output:
         lora="results/{experiment}/adapters/{adapter}/pytorch_lora_weights.safetensors",
         embedding="results/{experiment}/adapters/{adapter}/label_embedding.safetensors",

@@ -26,7 +26,13 @@ rule sample:
         runtime=240,
     params:
         config="results/{experiment}/config.json",
-        depends=sections("seed", "base", "sampler", "prompts.templates.test"),
+        depends=lambda wildcards: sections(
+            "seed",
+            "base",
+            "sampler",
+            "prompts.templates.test",
+            *(["particles", "finetune.gamma"] if row_of(wildcards.method)["family"] == "particles" else []),
+        ),
         split="test",
         method=lambda wildcards: row_of(wildcards.method)["method"],
         strength=lambda wildcards: row_of(wildcards.method)["strength"],
@@ -60,7 +66,13 @@ use rule sample as sample_val with:
         "results/{experiment}/benchmarks/sample_val_{method}.tsv"
     params:
         config="results/{experiment}/config.json",
-        depends=sections("seed", "base", "sampler", "prompts.templates.val"),
+        depends=lambda wildcards: sections(
+            "seed",
+            "base",
+            "sampler",
+            "prompts.templates.val",
+            *(["particles", "finetune.gamma"] if row_of(wildcards.method)["family"] == "particles" else []),
+        ),
         split="val",
         method=lambda wildcards: row_of(wildcards.method)["method"],
         strength=lambda wildcards: row_of(wildcards.method)["strength"],
