@@ -37,6 +37,11 @@ def sweep_of(config: dict) -> list[str]:
     return ["ctrl" if gamma == config["finetune"]["gamma"] else f"ctrl_gamma{decimal(gamma)}" for gamma in config["gamma_sweep"]]
 
 
+def own_gamma(config: dict) -> str:
+    """`ctrl_gamma10` where gamma is 10: `ctrl` by another name."""
+    return f"ctrl_gamma{decimal(config['finetune']['gamma'])}"
+
+
 def compared_of(config: dict) -> list[str]:
     """The adapters of the comparison of trainers: the configured seed is the recipe itself."""
     recipes, seeds = config["trainers"]["recipes"], config["trainers"]["seeds"]

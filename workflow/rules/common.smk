@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
 from ctrl.config import UserError, check_scales, for_adapter, needs_classifier, read_methods, resolve
-from ctrl.names import compared_of, decimal, dial_of, recipe_of, sample_of, split_strength, sweep_of
+from ctrl.names import compared_of, dial_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
 
 
 def write_config(path: Path) -> None:
@@ -61,6 +61,7 @@ CLASSIFIER = lib("classifier heads oracles labels networks dct")
 CONTROL = [*lib("control embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = lib("evaluation targets metrics features data labels")
+PICTURES = lib("curves labels pictures style", "ctrl/figures")
 TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
@@ -76,11 +77,7 @@ CODE = {
     "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling guidance/classifier guidance/reconstruction"), *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, *lib("oracles")],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
-    "plot_figures": [
-        "scripts/plot_figures.py",
-        *lib("curves labels pictures style", "ctrl/figures"),
-        *lib("evaluation labels oracles targets"),
-    ],
+    "plot_figures": ["scripts/plot_figures.py", *PICTURES, *lib("evaluation labels oracles targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength labels oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style labels oracles")],
     "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
@@ -113,9 +110,8 @@ def cores(num_images: int) -> int:
 
 def methods(table: str) -> list[str]:
     """The rows of a table: `results` has those of the demo, `paper` all."""
-    same = f"ctrl_gamma{decimal(config['finetune']['gamma'])}"  # as `ctrl` is already
-    rows = {n: row for n, row in METHODS.items() if n != same and not (CONTINUOUS and row["guidance"] == "classifier_guidance")}
-    return [name for name, row in rows.items() if table == "paper" or row["run"] == "demo"]
+    left_out = {own_gamma(config), *(["classifier_guidance"] if CONTINUOUS else [])}  # `ctrl` by another name; it needs classes
+    return [name for name, row in METHODS.items() if name not in left_out and (table == "paper" or row["run"] == "demo")]
 
 
 def adapters(table: str) -> list[str]:
