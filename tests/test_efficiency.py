@@ -166,7 +166,7 @@ def test_ctrl_needs_no_prompts_and_cfg_does(two_datasets, tiny_sd, monkeypatch):
         "adapters": {"cfg": {"num_updates": 2, "batch_size": 64, "micro_batch_size": 64}},  # more than there are images
     }
     io.write_json(two_datasets / "c.json", config)
-    io.write_json(two_datasets / "cells.json", {"cells": [["coat", 0], ["bag", 1], ["bag", 2]]})
+    io.write_json(two_datasets / "cells.json", {"labels": [0, 1, 2], "cells": [["coat", 0], ["bag", 1], ["bag", 2]]})
     train_classifiers(two_datasets, monkeypatch)
     files = ("pytorch_lora_weights.safetensors", "label_embedding.safetensors")
     same = {}
