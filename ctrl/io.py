@@ -48,7 +48,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
-            pass
+            pass  # the reason is the first error, raised below
         if isinstance(error, OSError):
             raise _cannot_write(path, error.strerror or error) from error
         raise

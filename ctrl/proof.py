@@ -218,8 +218,8 @@ def compare(problem: Problem, gamma: float, drawn: Sequence[Tensor], truth: Sequ
 def compare_sets(
     problem: Problem, gamma: float, draw: Draw, num: int, num_sets: int, seeds: tuple[int, int]
 ) -> tuple[list[Tensor], dict[str, float]]:
-    """`compare` for `num_sets` independent sets of `num` samples a label, each with exact samples of its own: a single pair of sets has a
-    distance that varies by a third. Returns the first set, and each distance's mean and standard error ("…_se") over the sets.
+    """`compare` for `num_sets` independent sets of `num` samples a label, each with exact samples of its own: the distance of a single
+    pair of sets varies. Returns the first set, and each distance's mean and standard error ("…_se") over the sets.
 
     seeds: of the method's samples, and of the exact ones, which every method is compared with.
     """

@@ -11,15 +11,10 @@ from ctrl import data, io, oracles
 from ctrl.classifier import Classifier, straight_through
 from ctrl.classifier_fit import fit
 from ctrl.errors import UserError
+from tests.test_heads import describe
 from tests.test_labels import WRONG_CODES
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
-EDGES = torch.tensor([-1.0, 0.0, 2.0])
-
-
-def describe(network: str = "dct", head: str = "density", **more) -> dict:
-    return {"network": network, "head": head, "num_classes": 4, "descending": True, "edges": [0.9, 1.0, 1.1]} | more
 
 
 def test_straight_through_is_what_a_file_keeps_and_passes_the_gradient(tmp_path):

@@ -1,7 +1,6 @@
 """Fitting a classifier on real images, and its calibration."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +11,9 @@ from ctrl.classifier import Classifier
 from ctrl.classifier_fit import calibrate, fit
 from ctrl.classifier_quality import evaluate, predict
 from ctrl.errors import UserError
+from tests.test_heads import describe
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
-EDGES = torch.tensor([-1.0, 0.0, 2.0])
-
-
-def describe(network: str = "dct", head: str = "density", **more) -> dict:
-    return {"network": network, "head": head, "num_classes": 4, "descending": True, "edges": [0.9, 1.0, 1.1]} | more
 
 
 def test_learns_jpeg_sizes_of_real_images(trained, real):

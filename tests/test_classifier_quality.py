@@ -1,19 +1,10 @@
 """The reliability diagram of a classifier."""
 
 import io as memory
-from pathlib import Path
 
 import torch
 
 from ctrl.classifier_quality import reliability_diagram
-
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
-EDGES = torch.tensor([-1.0, 0.0, 2.0])
-
-
-def describe(network: str = "dct", head: str = "density", **more) -> dict:
-    return {"network": network, "head": head, "num_classes": 4, "descending": True, "edges": [0.9, 1.0, 1.1]} | more
 
 
 def test_reliability_diagram_draws_a_panel_for_each_set():

@@ -1,7 +1,6 @@
 """A head's label probabilities: intervals of the logistic law, their tails and gradients."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from torch.autograd import gradcheck
 from ctrl.classifier import Classifier
 from ctrl.heads import DensityHead, interval_log_probs
 
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {"num_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-4}
 EDGES = torch.tensor([-1.0, 0.0, 2.0])
 
 

@@ -46,21 +46,20 @@ def adjoint(
         log_p = log_prob(x_0)
         (g,) = torch.autograd.grad(gamma * log_p.sum(), x_0)
     g, kl, log_ratio = bounded(g, max_adjoint_norm), noise.new_zeros(noise.shape[1]), noise.new_zeros(noise.shape[1])
-    for i in reversed(range(num_steps)):
-        weight = float(acts[i]) if weights is None else acts[i] * weights[i]
-        if acts[i] and not weight:
-            log_ratio = log_ratio + torch.nan
-        if i == 0 and not weight:  # nobody asks for the adjoint of the noise that a path starts from
-            break
-        x_t = path[i].detach().requires_grad_(i > 0)
-        with torch.set_grad_enabled(i > 0):
+    terms = [float(act) if weights is None else act * weights[i] for i, act in enumerate(acts)]
+    if any(act and not term for act, term in zip(acts, terms, strict=True)):
+        log_ratio = log_ratio + torch.nan
+    first = next((i for i, term in enumerate(terms) if term), num_steps)  # nobody asks for the adjoint of what lies before
+    for i in reversed(range(first, num_steps)):
+        x_t = path[i].detach().requires_grad_(i > first)
+        with torch.set_grad_enabled(i > first):
             eps_pre = pre(x_t, i)
-        g_t = bounded(torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)[0], max_adjoint_norm) if i > 0 else None
-        if weight:
+        g_t = bounded(torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)[0], max_adjoint_norm) if i > first else None
+        if terms[i]:
             eps_pre, sigma, eps = eps_pre.detach(), process.sigma(i), psi(path[i].detach(), i)
             miss = process.eps_coefficient(i) * (eps - eps_pre) - sigma**2 / kl_weight * g
-            (weight * share * kl_weight * miss.square().sum() / (2 * sigma**2)).backward()
-            kl = kl + weight * process.kl(i, eps.detach(), eps_pre)
+            (terms[i] * share * kl_weight * miss.square().sum() / (2 * sigma**2)).backward()
+            kl = kl + terms[i] * process.kl(i, eps.detach(), eps_pre)
             log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre, noise[i + 1])
         g = g_t
     return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x_0.detach()}

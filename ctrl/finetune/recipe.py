@@ -215,7 +215,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
 def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022).
 
-    With several factors each is dropped by itself: guidance is asked for labels that leave some of them free, too.
+    With several factors each is dropped by itself, since guidance is asked for labels that leave some of them free, and at times all.
     """
     control, process = task.control, task.process
     labels, num_factors = control.space.check_codes(examples.labels, len(examples.x_0)), control.space.num_factors
