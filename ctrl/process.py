@@ -108,8 +108,11 @@ class Process:
 
     def log_ratio(self, i: int, eps_psi: Tensor, eps_pre: Tensor, noise: Tensor) -> Tensor:
         """log psi(x_s | x_t) − log pre(x_s | x_t) in nats at x_s = mu_psi + sigma_t · noise, with shape (B,)."""
-        cross = (self.eps_coefficient(i) / self.sigma(i)) * ((eps_psi - eps_pre) * noise).flatten(1).sum(1)
-        return self.kl(i, eps_psi, eps_pre) + cross
+        return self.kl(i, eps_psi, eps_pre) + self.martingale(i, eps_psi, eps_pre, noise)
+
+    def martingale(self, i: int, eps_psi: Tensor, eps_pre: Tensor, noise: Tensor) -> Tensor:
+        """What the step's noise adds to its log-ratio, (mu_psi − mu_pre) · noise / sigma_t, with mean 0 and shape (B,)."""
+        return (self.eps_coefficient(i) / self.sigma(i)) * ((eps_psi - eps_pre) * noise).flatten(1).sum(1)
 
     def log_prob(self, i: int, x_s: Tensor, x_t: Tensor, eps: Tensor) -> Tensor:
         """log N(x_s; mu, sigma_t² I) in nats, with shape (B,)."""

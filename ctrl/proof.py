@@ -15,7 +15,7 @@ from torch import Tensor
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
-from ctrl.finetune.objective import learning_rate_factor, summed_kl_weight, within_cell_variance
+from ctrl.finetune.objective import hold, learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.finetune.supervised import supervised
 from ctrl.guidance.classifier import classifier_guidance
 from ctrl.guidance.reconstruction import reconstruction_guidance
@@ -99,9 +99,10 @@ def draw_trained(
 
     def loss(process, net, y, generator, share):
         pre, noise = problem.mixture.denoiser(process), problem.noise(len(y), generator, process.num_steps)
+        psi = net.denoiser(process, y)
         figures = trainer(
-            process, net.denoiser(process, y), pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share,
-            active=active(process),
+            process, psi, pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share,
+            active=active(process), held=hold(psi, net.parameters()) if problem.settings["control_variate"] else None,
         )  # fmt: skip
         return figures | {"log_w": gamma * figures["log_prob"] - figures["log_ratio"]}
 

@@ -3,6 +3,11 @@
     g_0 = gamma · ∇ log p̂(y | x_0),    g_t = (∂mu_pre(x_t) / ∂x_t)ᵀ g_s        arXiv 2409.08861, the "lean" adjoint
     loss = Σ_t ‖mu_psi(x_t) − mu_pre(x_t) − sigma_t² g_s‖² / (2 sigma_t²)       at its minimum psi samples p_gamma
 
+With `held`, psi with its parameters held, the walk goes back through psi itself and along the trajectory's own log-ratio instead:
+
+    g_t = ∇_{x_t} [g_s · mu_psi(x_t) − log psi(x_s | x_t) / pre(x_s | x_t)],    x_s = mu_psi(x_t) + sigma_t eps
+
+At the optimum both have the mean ∇ log E[p̂^gamma | x_t]; the lean one scatters around it, this one is it, for one more pass a step.
 No graph spans more than one step, so the memory does not grow with their number.
 """
 
@@ -27,6 +32,7 @@ def adjoint(
     active: Sequence[bool] | None = None,
     max_adjoint_norm: float | None = None,
     weights: Sequence[float] | None = None,
+    held: Denoiser | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
@@ -54,7 +60,16 @@ def adjoint(
         x_t = path[i].detach().requires_grad_(i > first)
         with torch.set_grad_enabled(i > first):
             eps_pre = pre(x_t, i)
-        g_t = bounded(torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)[0], max_adjoint_norm) if i > first else None
+        g_t = None
+        if i > first and (held is None or not acts[i]):
+            (g_t,) = torch.autograd.grad(process.mean(i, x_t, eps_pre), x_t, g)
+        elif i > first:
+            with torch.enable_grad():
+                eps_held = held(x_t, i)
+                value = (g * process.mean(i, x_t, eps_held)).flatten(1).sum(1)
+                value = value - kl_weight * process.log_ratio(i, eps_held, eps_pre, noise[i + 1])
+            (g_t,) = torch.autograd.grad(value.sum(), x_t)
+        g_t = None if g_t is None else bounded(g_t, max_adjoint_norm)
         if terms[i]:
             eps_pre, sigma, eps = eps_pre.detach(), process.sigma(i), psi(path[i].detach(), i)
             miss = process.eps_coefficient(i) * (eps - eps_pre) - sigma**2 / kl_weight * g

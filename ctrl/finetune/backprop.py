@@ -2,6 +2,11 @@
 
     loss = −gamma · log p̂(y | x_0) + kl_weight · Σ_t KL_t,    x_0:T ~ psi
 
+A gradient by way of the trajectories is noisy. With `held` the loss has the trajectory's own log-ratio log psi/pre in place of its
+expectation Σ_t KL_t, and psi's parameters are fixed wherever they do not move x ("sticking the landing", Roeder et al., NeurIPS 2017, arXiv
+1703.09194). That adds a gradient with mean 0; and the nearer gamma · log p̂ − log psi/pre is to being the same for all trajectories of a
+label, as it is at the optimum, the less is left that is random.
+
 Truncated back-propagation follows only the last K steps of a trajectory. The local KL terms of the steps before that keep their gradient
 with respect to the parameters, at a detached x_t.
 """
@@ -27,13 +32,15 @@ def backprop(
     active: Sequence[bool] | None = None,
     max_adjoint_norm: float | None = None,
     weights: Sequence[float] | None = None,
+    held: Denoiser | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     `noise` has shape (N + 1, B, *); `log_prob` maps x_0 with shape (B, *) to nats with shape (B,). `num_grad_steps` with shape (B,) is K
     for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
     `max_adjoint_norm` bounds the norm of every trajectory's adjoint g_t = ∂loss/∂x_t, at every step: see `clip_adjoint`.
-    `weights` multiply each step's KL (see `objective.term_weights`); where one is 0, pre is not run.
+    `weights` multiply each step's KL (see `objective.term_weights`); where one is 0, pre is not run. `held` is psi with its parameters held
+    (see `objective.hold`): it takes the noise of the trajectories out of the gradient, for one more pass a step.
     Returns log_prob, kl_nats, log_ratio (log psi/pre of the path; NaN where steps were left out) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
@@ -57,6 +64,8 @@ def backprop(
             eps_pre = pre(x, i)
         kl_i = weight * process.kl(i, eps, eps_pre)
         kl = kl + kl_i.detach()
+        if held is not None and x.requires_grad:
+            kl_i = kl_i + weight * process.martingale(i, held(x, i), eps_pre, noise[i + 1])
         log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre.detach(), noise[i + 1])
         if (i < first).all():  # nothing later depends on this step's graph: free it now
             (share * kl_weight * kl_i.sum()).backward()

@@ -1,10 +1,28 @@
 """The objective's settings, and the numbers that say how far a policy is from its optimum."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ctrl.process import Denoiser
+
+
+def hold(denoiser: Denoiser, parameters: Iterable[nn.Parameter]) -> Denoiser:
+    """The same denoiser, whose gradient goes to x_t alone: for its own pass the `parameters` are constants."""
+    parameters = list(parameters)
+
+    def held(x_t: Tensor, i: int) -> Tensor:
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            return denoiser(x_t, i)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    return held
 
 
 def effective_gamma(gamma: float, kl_weight: float, kl_reduction: str, num_dimensions: int) -> float:

@@ -12,7 +12,7 @@ from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
-from ctrl.finetune.objective import annealed, learning_rate_factor, summed_kl_weight, term_weights, within_cell_variance
+from ctrl.finetune.objective import annealed, hold, learning_rate_factor, summed_kl_weight, term_weights, within_cell_variance
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.supervised import supervised
 from ctrl.pairs import draw
@@ -86,13 +86,14 @@ class Batch:
     seeds: Tensor
     generator: torch.Generator
 
-    def part(self, task: Task, rows: Tensor, recompute: bool) -> tuple[Denoiser, Denoiser, Tensor, Tensor]:
-        """psi, pre, labels and noise of the trajectories `rows`."""
+    def part(self, task: Task, rows: Tensor, recompute: bool) -> tuple[Denoiser, Denoiser, Denoiser, Tensor, Tensor]:
+        """psi, pre, psi with its parameters held, labels and noise of the trajectories `rows`."""
         control, prompts, y = task.control, [self.prompts[k] for k in rows], self.labels[rows].to(task.control.base.device)
         psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
-        return (*((recomputed(psi), recomputed(pre)) if recompute else (psi, pre)), y, noise)
+        denoisers = psi, pre, hold(psi, control.parameters().values())
+        return (*(map(recomputed, denoisers) if recompute else denoisers), y, noise)
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
         """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""
@@ -152,11 +153,11 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in torch.arange(size).split(config["micro_batch_size"]):
-            psi, pre, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
+            psi, pre, held, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
-                    active=active, max_adjoint_norm=max_adjoint_norm, weights=weights,
+                    active=active, max_adjoint_norm=max_adjoint_norm, weights=weights, held=held if config["control_variate"] else None,
                     **{key: k[rows] for key, k in cut.items()},
                 )
             )  # fmt: skip
@@ -185,7 +186,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
     def collect(update: int) -> None:
         batch, paths, rewards = batch_of(update), [], []
         for rows in torch.arange(size).split(config["micro_batch_size"]):
-            psi, pre, y, noise = batch.part(task, rows, False)
+            psi, pre, _, y, noise = batch.part(task, rows, False)
             paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))
             with torch.no_grad():
                 rewards.append(reward(paths[-1]["x_0"], y, 1.0).to(noise))
