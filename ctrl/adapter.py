@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -99,7 +98,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
     )  # fmt: skip
     write_text(folder / "README.md", card)
-    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    write_text(folder / "pipeline.py", Path(pipeline.__file__).read_text())
     write_json(folder / "adapter.json", described)
 
 
@@ -120,7 +119,7 @@ def check_in_plain_diffusers(
     done = subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    there = np.load(output)
+    there = np.load(output, allow_pickle=False)
     output.unlink()
     if (worst := int(np.abs(here.astype(int) - there).max())) > TOLERANCE:
         raise UserError(f"{folder}: plain diffusers draws other images with the adapter than the trainer (by {worst} of 255 grey levels)")

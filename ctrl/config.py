@@ -25,6 +25,18 @@ def merge(defaults: dict, *overrides: dict) -> dict:
     return merged
 
 
+def check_size(config: object, where: str = "config", limit: int = 100_000) -> object:
+    """`config` itself; UserError where it holds more than `limit` entries, as a few lines of YAML can, by aliases of aliases."""
+    open_nodes, seen = [config], 0
+    while open_nodes:
+        node = open_nodes.pop()
+        seen += 1
+        if seen > limit or (isinstance(node, str) and len(node) > limit):
+            raise UserError(f"{where}: more than {limit} entries or characters; leave out YAML's aliases (*name), which multiply")
+        open_nodes += list(node.values()) if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else []
+    return config
+
+
 def resolve(config: dict, schema: dict, where: str = "config") -> dict:
     """The checked `config` with what follows from it filled in: given bin edges fix the number of classes, several factors multiply it."""
     check(config, schema, where)
