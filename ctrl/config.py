@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jsonschema
 
-from ctrl.errors import UserError
+from ctrl.errors import UserError, redact
 from ctrl.names import VARIANT
 
 
@@ -99,7 +99,12 @@ def check_across(config: dict, where: str = "config") -> None:
     check_mixture(config, where)
     check_factors(config["label"], where)
     check_continuous(config["label"], config["classifier"]["head"], where)
-    dataset, finetune = config["dataset"], config["finetune"]
+    dataset, finetune, uri = config["dataset"], config["finetune"], config["mlflow"]["tracking_uri"]
+    if uri and redact(uri) != uri:
+        raise UserError(
+            f"{where}: mlflow.tracking_uri holds a password, which would be kept with the results; give it by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:

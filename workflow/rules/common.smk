@@ -13,20 +13,9 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
+from ctrl import config_file
 from ctrl.config import UserError, check_scales, check_size, for_adapter, needs_classifier, read_methods, resolve
-from ctrl.io import write_text
 from ctrl.names import compared_of, dial_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
-
-
-def write_config(path: Path, text: str) -> None:
-    """Writes the configuration where it differs from what is there; not under the hands of a workflow that runs by it."""
-    if not path.exists() or path.read_text() != text:
-        if "--unlock" not in sys.argv and any(f"{path.parent}/" in lock.read_text() for lock in Path(".snakemake/locks").glob("*.lock")):
-            raise UserError(
-                f"another configuration runs in {path.parent}: wait for it; if it was killed, repeat with --unlock, then without"
-            )
-        write_text(path, text)
-
 
 try:
     SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
@@ -35,7 +24,7 @@ try:
         raise UserError(f"config: dataset.path is {config['dataset']['path']}; there is no such folder of images")
     METHODS = check_scales(read_methods("config/methods.tsv", SCHEMAS["methods"]), config["tuning"])
     RESULTS = f"results/{config['experiment']}"
-    write_config(Path(RESULTS) / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    config_file.write(Path(RESULTS) / "config.json", config, Path(".snakemake/locks"), "--unlock" in sys.argv)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # Snakemake would wrap any exception in a traceback
@@ -59,15 +48,15 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 
 CORE = [*lib("base data labels process sampling generate oracles pairs"), *lib("cells loading", "scripts")]
-CLASSIFIER = lib("classifier heads oracles labels networks dct")
+CLASSIFIER = lib("classifier heads oracles labels networks clip dct")
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = lib("evaluation targets metrics features data labels")
+EVALUATION = lib("evaluation targets metrics features clip data labels")
 PICTURES = lib("curves labels pictures style", "ctrl/figures")
 TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
-    "train_garments": ["scripts/train_garments.py", *lib("features data")],
+    "train_garments": ["scripts/train_garments.py", *lib("features clip data")],
     "unpack_images": ["scripts/unpack_images.py", *lib("data")],
     "build_dataset": ["scripts/build_dataset.py", *lib("data labels oracles")],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],
