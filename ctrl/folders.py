@@ -31,5 +31,7 @@ def check_links(folder: Path | str, where: str = "") -> None:
             path = Path(parent, name)
             if not is_inside(folder, os.path.relpath(path, folder)):
                 raise UserError(f"{where}{path} is a link to a place outside of {folder}: put the file itself there")
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{where}{path} is a link to a file that is not there: fetch the folder again, a download was interrupted")
             if not path.is_file() and not path.is_dir():
                 raise UserError(f"{where}{path} is neither a file nor a folder: delete it")

@@ -129,7 +129,7 @@ class Run:
         """Ends the run; what is not sent within the patience is kept for the next one."""
         record = self._record
         with self._wake:
-            record.status, record.end_ms, self._closing = status, _now_ms(), True
+            record.status, record.end_ms, self._closing = status, _end_ms(record), True
             self._wake.notify_all()
         if self._thread.ident:
             self._thread.join(min(patience_seconds, 2.0) if self._failed else patience_seconds)
@@ -327,6 +327,11 @@ def _key(name: str) -> str:
 def _text(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
+
+
+def _end_ms(record: _Record) -> int:
+    """Now, but not before the run's start, where the clock was set back."""
+    return max(_now_ms(), record.start_ms)
 
 
 def _now_ms() -> int:

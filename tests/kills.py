@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,15 +77,21 @@ def kill(pids: list[int]) -> None:
 
 
 def attempt(repository: Path, wait_seconds: float, victim: str) -> tuple[bool, list[int]]:
-    """Runs the workflow for so long and kills the victim; whether it was done before, and jobs left without their scheduler."""
+    """Runs the workflow for so long after its first job began, and kills the victim.
+
+    Returns whether it was done before, and the jobs that it left without their scheduler.
+    """
     with open(repository / "attempts.txt", "a") as log:
         command = [sys.executable, "-m", "snakemake", *ARGUMENTS]
         process = subprocess.Popen(command, cwd=repository, env=environment(repository), stdout=log, stderr=log)
+        while process.poll() is None and not children(process.pid):
+            time.sleep(0.1)
         try:
             return process.wait(wait_seconds) == 0, []
         except subprocess.TimeoutExpired:
             below = children(process.pid)
-        kill({"everything": [process.pid, *below], "the scheduler alone": [process.pid], "a job alone": below[-1:]}[victim])
+        chosen = {"everything": [process.pid, *below], "the scheduler alone": [process.pid], "a job alone": below[-1:]}[victim]
+        kill(chosen or [process.pid])
         process.wait()  # of a job that is killed alone the scheduler learns by itself
     return False, below if victim == "the scheduler alone" else []
 
@@ -102,7 +109,7 @@ def disturb(repository: Path, num_kills: int, longest_wait: float, generator: ra
         if done:
             kill(orphans)
             return number
-        snakemake(repository, "--unlock", *ARGUMENTS[1:])
+        shutil.rmtree(repository / ".snakemake" / "locks", ignore_errors=True)  # what `snakemake --unlock` does, which takes longer
     for _ in range(len(orphans) + 1):  # a job left alone may still hold what it writes: then the rerun is refused, and comes again
         last = snakemake(repository, *ARGUMENTS, timeout=3600)
         if last.returncode == 0:
@@ -116,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how many (default: %(default)s); a workflow that is done is begun anew")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default: %(default)s)")
-    parser.add_argument("--longest-wait", type=float, default=40, help="before a kill, in seconds (default: %(default)s)")
+    parser.add_argument("--longest-wait", type=float, default=20, help="from the first job to a kill, in seconds (default: %(default)s)")
     parser.add_argument("--reference", type=Path, help="a checkout with the results of an undisturbed run")
     args = parser.parse_args()
     generator = random.Random(args.seed)
