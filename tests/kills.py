@@ -21,7 +21,7 @@ import pandas as pd
 
 from tests.repository import copy_repository, environment, snakemake
 
-ARGUMENTS = ("all", "--cores", "2", "--configfile", "config/smoke.yaml")
+ARGUMENTS = ("--cores", "2", "--configfile", "config/smoke.yaml")
 RESULTS = Path("results/smoke")
 SKIPPED = {".md", ".tex", ".txt", ".tsv"}  # logs, and the same table for people, with its seconds
 MEASURED = re.compile(r"second|memory")  # what no two runs share
@@ -76,13 +76,13 @@ def kill(pids: list[int]) -> None:
             pass  # it ended by itself
 
 
-def attempt(repository: Path, wait_seconds: float, victim: str) -> tuple[bool, list[int]]:
+def attempt(repository: Path, target: str, wait_seconds: float, victim: str) -> tuple[bool, list[int]]:
     """Runs the workflow for so long after its first job began, and kills the victim.
 
     Returns whether it was done before, and the jobs that it left without their scheduler.
     """
     with open(repository / "attempts.txt", "a") as log:
-        command = [sys.executable, "-m", "snakemake", *ARGUMENTS]
+        command = [sys.executable, "-m", "snakemake", target, *ARGUMENTS]
         process = subprocess.Popen(command, cwd=repository, env=environment(repository), stdout=log, stderr=log)
         while process.poll() is None and not children(process.pid):
             time.sleep(0.1)
@@ -96,13 +96,13 @@ def attempt(repository: Path, wait_seconds: float, victim: str) -> tuple[bool, l
     return False, below if victim == "the scheduler alone" else []
 
 
-def disturb(repository: Path, num_kills: int, longest_wait: float, generator: random.Random) -> int:
+def disturb(repository: Path, num_kills: int, longest_wait: float, generator: random.Random, target: str = "all") -> int:
     """Kills the workflow up to `num_kills` times, and lets it end; returns the number of kills that it took before it was done."""
     orphans: list[int] = []
     for number in range(num_kills):
         wait, victim = generator.uniform(0, longest_wait), generator.choice(VICTIMS)
         started = time.monotonic()
-        done, left = attempt(repository, wait, victim)
+        done, left = attempt(repository, target, wait, victim)
         orphans += left
         finished = len(list((repository / RESULTS).rglob("*")))
         print(f"kill {number + 1}: {victim} after {time.monotonic() - started:.0f} s; {finished} files", flush=True)
@@ -111,7 +111,7 @@ def disturb(repository: Path, num_kills: int, longest_wait: float, generator: ra
             return number
         shutil.rmtree(repository / ".snakemake" / "locks", ignore_errors=True)  # what `snakemake --unlock` does, which takes longer
     for _ in range(len(orphans) + 1):  # a job left alone may still hold what it writes: then the rerun is refused, and comes again
-        last = snakemake(repository, *ARGUMENTS, timeout=3600)
+        last = snakemake(repository, target, *ARGUMENTS, timeout=3600)
         if last.returncode == 0:
             return num_kills
         assert "another process is writing" in last.stdout, last.stdout[-5000:]
@@ -131,7 +131,7 @@ def main() -> None:
         reference = args.reference
         if reference is None:
             reference = copy_repository(Path(folder) / "reference")
-            assert snakemake(reference, *ARGUMENTS, timeout=7200).returncode == 0
+            assert snakemake(reference, "all", *ARGUMENTS, timeout=7200).returncode == 0
         kills, rounds = 0, 0
         while kills < args.kills:
             repository, rounds = copy_repository(Path(folder) / f"round{rounds}"), rounds + 1

@@ -210,10 +210,8 @@ def test_what_an_adapter_says_of_itself(model, adapter, tmp_path):
 @pytest.mark.parametrize("read", [io.read_json, io.read_rows, io.read_parquet, io.load_tensors, io.load_metadata])
 def test_files_of_results(tmp_path, read):
     io.save_tensors(tmp_path / "whole", {"x": torch.arange(20.0)}, {"a": "b"})
-    wholes = {io.read_parquet: parquet(), io.load_tensors: (tmp_path / "whole").read_bytes()}
-    whole = (
-        wholes.get(read) or wholes[io.load_tensors] if read in (*wholes, io.load_metadata) else b'{"a": [1, 2.5, null], "b": {"c": "d"}}'
-    )
+    tensors, text = (tmp_path / "whole").read_bytes(), b'{"a": [1, 2.5, null], "b": {"c": "d"}}'
+    whole = {io.read_parquet: parquet(), io.load_tensors: tensors, io.load_metadata: tensors}.get(read, text)
 
     @few
     @given(damaged(whole))
