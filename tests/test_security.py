@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import zlib
+from html.parser import HTMLParser
 from pathlib import Path
 
 import open_clip
@@ -22,7 +24,7 @@ from ctrl import clip, data, io, tracking
 from ctrl.errors import UserError, redact
 from ctrl.folders import is_inside
 from scripts.common import load_config, read_yaml
-from tests.repository import ROOT
+from tests.repository import ROOT, copy_repository, snakemake
 from tests.strangers import Betrayer, as_pickle, copy_of, edit_json, edit_tensors, new_adapter
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
@@ -146,7 +148,7 @@ def huge(shape: list[int]):
 
 
 def replaced(key: str, tensor: torch.Tensor):
-    return lambda tensors: {name: tensor if name.endswith(key) else value for name, value in tensors.items()}
+    return lambda tensors: {name: tensor.clone() if name.endswith(key) else value for name, value in tensors.items()}
 
 
 KEY = "conv1.lora_A.weight"
@@ -213,7 +215,7 @@ def test_the_good_adapter_is_taken_also_from_the_hubs_cache(tiny_sd, adapter, tm
     assert ctrl.load(tiny_sd, snapshot).control["rank"] == 4
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link/secret.png", "nul\0", "x" * 5000, "circle"])
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "link/secret.png", "nul\0", "circle"])
 def test_names_that_lead_out_of_a_folder(tmp_path, name):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -279,8 +281,6 @@ def test_configurations_that_explode_or_run_something_are_one_line(tmp_path, tex
 
 
 def test_snakemake_refuses_the_same_bomb(tmp_path):
-    from tests.repository import copy_repository, snakemake
-
     repository = copy_repository(tmp_path / "repository")
     (repository / "bomb.yaml").write_text(BOMB)
     done = snakemake(repository, "-n", "--cores", "1", "--configfile", "bomb.yaml", timeout=120)
@@ -295,13 +295,45 @@ def test_the_model_card_shows_what_it_is_told_and_no_more(tiny_sd, tmp_path):
     folder = new_adapter(tiny_sd, tmp_path / "adapter", HOSTILE, (HOSTILE, "b", "c"))
     card = (folder / "README.md").read_text()
     prose = re.sub(r"```python\n.*?\n```", "", card, flags=re.DOTALL)
-    assert "<script" not in prose and "\n## head" not in prose and "](javascript" not in prose and "&lt;script&gt;" in prose
+    assert (
+        "<script" not in prose and "\n## head" not in prose and not re.search(r"(?<!\\)\]\(javascript", prose) and "&lt;script&gt;" in prose
+    )
     (code,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
     import ast
 
     texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert HOSTILE in texts and card.count("```") == 2
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == str(tiny_sd)
+
+
+class Scripts(HTMLParser):
+    """The content of every script of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [""] if tag == "script" else []
+
+    def handle_data(self, text):
+        if self.cdata_elem == "script":
+            self.found[-1] += text
+
+
+@pytest.mark.slow
+def test_the_report_shows_prompts_as_text(smoke_repository, tmp_path):
+    """A report on finished results by a configuration whose prompts would end a script and begin another."""
+    repository = tmp_path / "repository"
+    shutil.copytree(smoke_repository, repository, symlinks=True, ignore=shutil.ignore_patterns("images", "pool"))
+    template = "</script><script>alert('here')</script><img src=x onerror=alert(1)> {}"
+    (repository / "config" / "hostile.yaml").write_text(json.dumps({"prompts": {"templates": {"test": [template]}}}))
+    arguments = ("all", "--cores", "1", "--configfile", "config/smoke.yaml", "config/hostile.yaml", "--report", "report.html")
+    done = snakemake(repository, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:]
+    page = Scripts()
+    page.feed((repository / "report.html").read_text())
+    assert len(page.found) > 3 and [text for text in page.found if text.strip().startswith("alert('here')")] == []
 
 
 def test_figures_take_prompts_as_they_are(tmp_path):
