@@ -6,6 +6,7 @@
 PYTHON ?= python3
 CORES ?= all
 PORT ?= 5000
+UI_HOST ?= 127.0.0.1
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results/compressibility
@@ -50,9 +51,9 @@ doctor: $(VENV)/.installed
 
 ui: $(VENV)/.installed
 	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }
-	@echo "http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
+	@echo "http://$(UI_HOST):$(PORT)/#/experiments?workflowType=machine_learning"
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui \
-		--backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+		--backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host $(UI_HOST) --port $(PORT) --workers 1
 
 test: $(VENV)/.installed
 	python -m pytest -q -m "not slow"

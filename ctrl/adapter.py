@@ -1,8 +1,9 @@
 """An adapter's folder: weights, adapter.json, model card and the pipeline's code; and the check that plain diffusers agrees with us."""
 
+import html
 import json
 import math
-import shutil
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from ctrl.sampling import noise_of, sample
 
 TOLERANCE = 3  # grey levels of 255: rounding, which a wild adapter magnifies; another adapter's images differ by tens
 CARD = """---
-base_model: {base}
+base_model: {base_code}
 library_name: diffusers
 license: mit
 tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, diffusers, lora, ctrl]
@@ -38,9 +39,9 @@ LoRA and label embedding trained by {trained}.
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}", custom_pipeline="{folder}", trust_remote_code=True)
-pipe.load_control("{folder}")
-images = pipe(["{prompt}"], label={example}, strength=1.0, seed=0).images
+pipe = DiffusionPipeline.from_pretrained({base_code}, custom_pipeline={folder_code}, trust_remote_code=True)
+pipe.load_control({folder_code})
+images = pipe([{prompt_code}], label={example}, strength=1.0, seed=0).images
 ```
 
 `label=None` is the pretrained model; `strength` goes from 0 (pretrained) over 1 (trained) to more. The LoRA alone loads with
@@ -70,6 +71,16 @@ np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=lab
 """
 
 
+def escaped(text: str) -> str:
+    """`text` for Markdown: shown as it is, whatever it holds of HTML, tables, links and lines."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def literal(text: str) -> str:
+    """`text` as a Python string inside a fenced block, which no backtick in it can end."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
+
+
 def write_adapter(control: Control, folder: Path, described: dict, prompt: str) -> None:
     """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; for `described` see `control.describe`."""
     control.save(folder)
@@ -80,7 +91,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
     else:
         example = space.label(0)
         named = zip(range(control.null), described["label_names"], strict=True)
-        labels = "\n".join(f"| {space.label(y)} | {name} |" for y, name in named)
+        labels = "\n".join(f"| {space.label(y)} | {escaped(name)} |" for y, name in named)
     if settings["trainer"] == "supervised":
         trained, outcome = "denoising labelled images, some without their label, for classifier-free guidance (Ho & Salimans 2022)", ""
     else:
@@ -93,13 +104,15 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
             outcome = f"; at the end the reward = {last['reward']:.3f}, KL = {last['kl_nats']:.3f} nats"
         else:
             outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
+    texts = {key: escaped(described[key]) for key in ("base", "name", "device", "base_fingerprint")}
+    codes = {f"{key}_code": literal(value) for key, value in (("base", described["base"]), ("folder", str(folder)), ("prompt", prompt))}
     card = CARD.format(
-        **described | {"labels": labels, "folder": folder, "prompt": prompt, "example": example},
+        **described | texts | codes | {"labels": labels, "example": example},
         updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
     )  # fmt: skip
     write_text(folder / "README.md", card)
-    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    write_text(folder / "pipeline.py", Path(pipeline.__file__).read_text())
     write_json(folder / "adapter.json", described)
 
 
@@ -120,7 +133,7 @@ def check_in_plain_diffusers(
     done = subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    there = np.load(output)
+    there = np.load(output, allow_pickle=False)
     output.unlink()
     if (worst := int(np.abs(here.astype(int) - there).max())) > TOLERANCE:
         raise UserError(f"{folder}: plain diffusers draws other images with the adapter than the trainer (by {worst} of 255 grey levels)")

@@ -11,7 +11,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from ctrl.errors import UserError
+from ctrl.errors import UserError, is_out_of_memory
+from ctrl.folders import check_links
+from ctrl.io import num_values
 from ctrl.process import Denoiser, Process, quadratic_timesteps
 
 
@@ -151,14 +153,28 @@ def load(path: str | Path, revision: str | None = None, dtype: str | torch.dtype
         raise UserError(f"base.path: there is no folder {path}; give a diffusers folder or a name on the hub such as owner/model")
     if local and not (Path(path) / "model_index.json").exists():
         raise UserError(f"base.path: {path} is not a diffusers folder: it has no model_index.json")
+    if local:
+        check_links(path, "base.path: ")
+        words = Path(path) / "tokenizer"  # without them transformers makes up a tokenizer that knows no word
+        if not (words / "tokenizer.json").is_file() and not ((words / "vocab.json").is_file() and (words / "merges.txt").is_file()):
+            raise UserError(f"base.path: {words} lacks its vocabulary, vocab.json and merges.txt: fetch the model again")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            path, revision=revision, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+            path, revision=revision, dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            use_safetensors=True,  # a pickle may carry code
+        )  # fmt: skip
     except Exception as error:
-        raise UserError(f"base.path: {path} cannot be loaded as a Stable Diffusion: {str(error).splitlines()[0]}") from error
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"base.path: {path} cannot be loaded as a Stable Diffusion: {reason[0]}; it takes whole .safetensors files: if a download was "
+            "interrupted, repeat it"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.requires_grad_(False).eval()
+    for name in ("unet", "vae", "text_encoder"):
+        module = getattr(pipe, name).requires_grad_(False).eval()
+        if local and num_values((Path(path) / name).glob("*.safetensors")) < sum(p.numel() for p in module.parameters()):
+            raise UserError(f"base.path: {path}/{name} lacks some of its weights: fetch the model again")
     return Base(pipe.to(device))

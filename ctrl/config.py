@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jsonschema
 
-from ctrl.errors import UserError
+from ctrl.errors import UserError, redact
 from ctrl.names import VARIANT
 
 
@@ -23,6 +23,18 @@ def merge(defaults: dict, *overrides: dict) -> dict:
             both = isinstance(merged.get(key), dict) and isinstance(value, dict)
             merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
     return merged
+
+
+def check_size(config: object, where: str = "config", limit: int = 100_000) -> object:
+    """`config` itself; UserError where it holds more than `limit` entries, as a few lines of YAML can, by aliases of aliases."""
+    open_nodes, seen = [config], 0
+    while open_nodes:
+        node = open_nodes.pop()
+        seen += 1
+        if seen > limit or (isinstance(node, str) and len(node) > limit):
+            raise UserError(f"{where}: more than {limit} entries or characters; leave out YAML's aliases (*name), which multiply")
+        open_nodes += list(node.values()) if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else []
+    return config
 
 
 def resolve(config: dict, schema: dict, where: str = "config") -> dict:
@@ -87,7 +99,12 @@ def check_across(config: dict, where: str = "config") -> None:
     check_mixture(config, where)
     check_factors(config["label"], where)
     check_continuous(config["label"], config["classifier"]["head"], where)
-    dataset, finetune = config["dataset"], config["finetune"]
+    dataset, finetune, uri = config["dataset"], config["finetune"], config["mlflow"]["tracking_uri"]
+    if uri and redact(uri) != uri:
+        raise UserError(
+            f"{where}: mlflow.tracking_uri holds a password, which would be kept with the results; give it by MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:

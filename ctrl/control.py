@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -16,14 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, check_adapter, space_of_adapter
 from ctrl.base import Base
-from ctrl.embedding import FourierEmbedding, LabelEmbedding, check_distinct
+from ctrl.embedding import FourierEmbedding, LabelEmbedding
 from ctrl.errors import UserError
-from ctrl.io import load_tensors, read_json, save_tensors
-from ctrl.labels import Categorical, Continuous, Factors
+from ctrl.io import save_tensors, write_bytes
+from ctrl.labels import Continuous, Factors
 from ctrl.process import Denoiser, Process
-
-LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
 
 
 class Control:
@@ -164,9 +164,10 @@ class Control:
         unet = self.base.unet
         lora = get_peft_model_state_dict(unet, adapter_name="ctrl")
         metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
+        with TemporaryDirectory() as temporary:  # diffusers writes in place: a killed run would leave half a file
+            StableDiffusionPipeline.save_lora_weights(temporary, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
+            write_bytes(Path(folder) / LORA_FILE, (Path(temporary) / LORA_FILE).read_bytes())
         save_tensors(Path(folder) / EMBEDDING_FILE, unet.class_embedding.state_dict())
-        (Path(folder) / LORA_FILE).chmod((Path(folder) / EMBEDDING_FILE).stat().st_mode)  # diffusers' own is for its owner alone
 
 
 def described_space(space: Factors | Continuous) -> dict:
@@ -175,31 +176,6 @@ def described_space(space: Factors | Continuous) -> dict:
         return {"continuous": asdict(space)}
     sizes = [f.num_classes for f in space.factors]
     return {"num_classes": sizes[0] if len(sizes) == 1 else sizes}
-
-
-def space_of_adapter(described: dict) -> Factors | Continuous:
-    """The label space that an adapter.json describes."""
-    if "continuous" in described:
-        return Continuous(**described["continuous"])
-    if named := described.get("factors"):
-        return Factors(tuple(Categorical(len(names), tuple(names)) for names in named.values()), tuple(named))
-    return Factors((Categorical(described["num_classes"], tuple(described["label_names"])),))
-
-
-def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """adapter.json, LoRA and label embedding of `folder`.
-
-    Raises UserError where they are missing, corrupt, or made for another base, or where a label changes no image.
-    """
-    described = read_json(folder / "adapter.json")
-    if (found := base.fingerprint()) != described["base_fingerprint"]:
-        raise UserError(
-            f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described['base_fingerprint']}), "
-            f"not for this one ({found}); load it on that base, or train a new one"
-        )
-    lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
-    check_distinct(space_of_adapter(described), embedding, str(folder))
-    return described, lora, embedding
 
 
 def load(base: Base, folder: str | Path) -> Control:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ctrl import oracles
 from ctrl.errors import UserError
+from ctrl.folders import is_inside
 from ctrl.io import atomic_folder, read_parquet
 from ctrl.labels import Factors, factors_of, space_of
 
@@ -26,6 +27,8 @@ GARMENTS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt"
 SPLITS = ("train", "val", "calibration")
 HELD_OUT = "held_out"  # the split of images that nothing is trained on: of a combination of labels to be reached without examples
 TABLES = ("metadata.csv", "metadata.parquet", "samples.parquet")  # of an image folder, the first that exists
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others are rare, and some start programs
+MAX_PIXELS = 50_000_000  # of one picture
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -109,7 +112,7 @@ def read_table(folder: Path) -> pd.DataFrame:
         raise UserError(f"{folder} has no table of prompts: add a {TABLES[0]} with the columns file_name and prompt")
     try:
         table = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # pandas' own are ValueErrors
         raise UserError(f"{path} is no readable CSV: {error}") from error
     if "prompt" not in table and "text" in table:
         table = table.rename(columns={"text": "prompt"})
@@ -120,19 +123,25 @@ def read_table(folder: Path) -> pd.DataFrame:
 
 
 def read_image(path: Path, image_size: int | None = None) -> Image.Image:
-    """A decoded RGB image; Refused, with the reason, where it is missing, empty, unreadable or not `image_size` pixels square."""
-    if not path.is_file():
-        raise Refused("missing file")
-    if path.stat().st_size == 0:
-        raise Refused("empty")
+    """A decoded RGB image; Refused, with the reason, where it is missing, empty, unreadable or not `image_size` pixels square.
+
+    The size is that of the header, and known before anything is unpacked: a small file may hold a picture of any size.
+    """
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        if not path.is_file():
+            raise Refused("missing file")
+        if path.stat().st_size == 0:
+            raise Refused("empty")
+        with Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise Refused(f"too large: {file.width}x{file.height} pixels")
+            if image_size is not None and file.size != (image_size, image_size):
+                raise Refused(f"wrong size: {file.width}x{file.height}, not {image_size}x{image_size}")
+            return file.convert("RGB")
+    except Refused:
+        raise
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         raise Refused(f"unreadable: {type(error).__name__}") from error
-    if image_size is not None and image.size != (image_size, image_size):
-        raise Refused(f"wrong size: {image.width}x{image.height}, not {image_size}x{image_size}")
-    return image
 
 
 def load_images(paths: Iterable[Path | str]) -> Tensor:
@@ -158,6 +167,8 @@ def examine(folder: Path, table: pd.DataFrame, image_size: int, oracle: Callable
 
     def one(file_name: str) -> tuple[bytes, object] | str:
         try:
+            if not is_inside(folder, file_name):
+                raise Refused("outside of the folder")
             image = read_image(folder / file_name, image_size)
             return image_digest(image), oracle(image)
         except Refused as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ctrl import features, metrics, targets
 from ctrl.data import load_images, measured_labels
 from ctrl.errors import UserError
+from ctrl.folders import is_inside
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Factors, factors_of
 from ctrl.oracles import distance_to_bin, get_oracle, pixels
@@ -68,6 +69,8 @@ def load_samples(folder: Path | str, oracle: str | Sequence[str], num_classes: i
     if not table["label"].between(-beyond, num_classes - 1 + beyond).all():
         wrong = min(set(table["label"]) - set(range(num_classes)))
         raise UserError(f"{folder / 'samples.parquet'} asks for label {wrong}, but the dataset has the labels 0 to {num_classes - 1}")
+    if wrong := [name for name in table["file_name"] if not is_inside(folder, str(name))]:
+        raise UserError(f"{folder / 'samples.parquet'} names {wrong[0]}, which is outside of its folder; draw the samples again")
     images = load_images([folder / name for name in table["file_name"]])
     info = read_json(folder / "samples.json") if (folder / "samples.json").exists() else {}
     return Samples(folder, with_scores(table, images, oracle), images, info)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ctrl import clip
 from ctrl.errors import UserError
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
 
@@ -117,13 +118,9 @@ def load_clip(name: str = CLIP_DEFAULT[0], pretrained: str | None = CLIP_DEFAULT
     import open_clip
 
     try:
-        model = open_clip.create_model(name, pretrained=pretrained)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:
-        raise UserError(
-            f"evaluation.features: open_clip has no weights {pretrained} for {name} here: {str(error).splitlines()[0]}"
-        ) from error
-    return ClipFeatures(model, tokenizer).eval().requires_grad_(False)
+        return ClipFeatures(clip.load_clip(name, pretrained), open_clip.get_tokenizer(name)).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"evaluation.features: {error}") from error
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """JSON, parquet, text and safetensors files, and folders of them: complete or absent, whatever happens while they are written.
 
 Everything goes to a temporary name in the same folder, which a rename makes final; a write that fails leaves what was there before.
+Two processes that write the same thing are told apart by a lock: the second one is refused.
 """
 
 import errno
+import fcntl
 import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,25 +35,57 @@ def _cannot_write(path: Path, reason: object) -> UserError:
     return UserError(f"cannot write {path}: {reason}; free some space or choose another folder")
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Writes a file atomically, creating its folder. UserError where the disk is full or the folder not writable."""
+@contextmanager
+def alone(path: Path | str) -> Iterator[None]:
+    """Inside, no other process writes the file or folder `path`: UserError where one does already, or the folder is not writable.
+
+    The lock ends with the process, however it ends; a `.lock` file that a killed one left means nothing.
+    """
     path = Path(path)
-    temporary = _temporary(path)
+    lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+        file = open(lock, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise _cannot_write(path, error.strerror or error) from error
+    with file:
         try:
-            temporary.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # the last holder may have removed it in between
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
         except OSError:
-            pass  # the reason is the first error, raised below
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error.strerror or error) from error
-        raise
+            mine = True  # a file system without locks
+        if not mine:
+            raise UserError(f"another process is writing {path}: wait for it, or end it")
+        try:
+            yield
+        finally:
+            try:
+                lock.unlink(missing_ok=True)
+            except OSError:
+                pass  # it means nothing without its holder
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes a file atomically, creating its folder. UserError where the disk is full, the folder read-only, or another one writes."""
+    path = Path(path)
+    temporary = _temporary(path)
+    with alone(path):
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError:
+                pass  # the reason is the first error, raised below
+            if isinstance(error, OSError):
+                raise _cannot_write(path, error.strerror or error) from error
+            raise
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -106,7 +140,7 @@ def read_json(path: Path | str) -> object:
     _require_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, error) from error
 
 
@@ -116,7 +150,7 @@ def read_rows(path: Path | str) -> list[dict]:
     _require_file(path)
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, error) from error
 
 
@@ -151,6 +185,19 @@ def load_metadata(path: Path | str) -> dict[str, str]:
         raise _corrupt(path, error) from error
 
 
+def num_values(paths: Iterable[Path]) -> int:
+    """How many numbers the tensors of safetensors files hold together, by their headers; UserError where one is missing or corrupt."""
+    total = 0
+    for path in paths:
+        _require_file(path)
+        try:
+            with safe_open(path, "pt") as f:
+                total += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())  # noqa: SIM118 (it is no mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _corrupt(path, error) from error
+    return total
+
+
 def _is_full_disk(error: BaseException) -> bool:
     """Whether a library's error says that the disk refuses; Rust's (safetensors, tokenizers) say it in words alone."""
     return getattr(error, "errno", None) in STORAGE or (isinstance(error, Exception) and "No space left on device" in str(error))
@@ -165,19 +212,19 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     replaced = path.with_name(f".{path.name}.old")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (temporary, replaced):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        temporary.mkdir()
-        yield temporary
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_full_disk(error):
-            raise _cannot_write(path, os.strerror(error.errno) if isinstance(error, OSError) else error) from error
-        raise
+    with alone(path):
+        try:
+            for leftover in (temporary, replaced):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            temporary.mkdir()
+            yield temporary
+            if path.exists():
+                os.replace(path, replaced)
+            os.replace(temporary, path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if _is_full_disk(error):
+                raise _cannot_write(path, os.strerror(error.errno) if isinstance(error, OSError) else error) from error
+            raise

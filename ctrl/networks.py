@@ -5,7 +5,6 @@
 """
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import scipy.optimize
@@ -13,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctrl.clip import load_clip
 from ctrl.dct import block_dct
-from ctrl.errors import UserError
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -168,21 +167,6 @@ class ClipNetwork(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.mlp(features * features.shape[1] ** 0.5)  # entries of about unit size
-
-
-def load_clip(model: str, pretrained: str | None) -> nn.Module:
-    """A frozen open_clip model in evaluation mode; UserError where its weights cannot be had. Random weights are those of seed 0."""
-    import open_clip
-
-    if pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise UserError(f"{pretrained} is a pickle, which may carry code: give CLIP's weights as .safetensors")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            clip = open_clip.create_model(model, pretrained=pretrained, require_pretrained=pretrained is not None)
-    except Exception as error:  # the hub, the network, the file and open_clip each raise their own
-        raise UserError(f"CLIP {model} with weights {pretrained!r} cannot be loaded ({error}): give the path of a local file") from error
-    return clip.eval().requires_grad_(False)
 
 
 NETWORKS = {"dct": DctNetwork, "pixels": PixelNetwork, "cnn": CnnNetwork, "clip": ClipNetwork}

@@ -88,7 +88,7 @@ class LabelStableDiffusionPipeline(StableDiffusionPipeline):
         control = json.loads((folder / "adapter.json").read_text())
         weights = load_file(folder / "label_embedding.safetensors")
         # The UNet's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
-        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet"}
+        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet", "use_safetensors": True}
         if "continuous" in control:
             self.null, embedding = math.nan, FourierEmbedding(weights, control["continuous"]["mean"], control["continuous"]["sd"])
         else:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ctrl.dct import block_dct
+from ctrl.errors import UserError
 
 MAX_TOKENS = 16
 
@@ -169,7 +170,7 @@ def run_loop(loss_at: Callable[[int], Tensor], checkpoint: Checkpoint, config: d
         logs, saves = (step + 1) % 100 == 0 or last, (step + 1) % config["checkpoint_every"] == 0 or last
         # Asked for rarely, since the answer waits for the GPU, and before any checkpoint.
         if (logs or saves) and not math.isfinite(mean := torch.stack(losses).mean().item()):
-            raise FloatingPointError(f"{label}: the loss is {mean} at step {step + 1}; lower learning_rate, now {config['learning_rate']}")
+            raise UserError(f"{label}: the loss is {mean} at step {step + 1}; lower learning_rate, now {config['learning_rate']}")
         if logs:
             if log:
                 log({"stage": label, "step": step + 1, "loss": mean, "seconds": time.monotonic() - started})

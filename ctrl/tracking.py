@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
+from ctrl.errors import redact
+
 MAX_BATCH = 500  # metrics a request
 MAX_PARAMS = 100  # parameters a request, MLflow's limit
 MAX_PARAM_LENGTH = 6000  # characters, MLflow's limit
@@ -81,7 +83,7 @@ class _Record:
         self.events: deque[dict] = deque()
 
     def dump(self) -> str:
-        return json.dumps({**vars(self), "events": list(self.events)})
+        return json.dumps({**vars(self), "uri": redact(self.uri), "events": list(self.events)})
 
     @classmethod
     def load(cls, text: str) -> "_Record":
@@ -127,7 +129,7 @@ class Run:
         """Ends the run; what is not sent within the patience is kept for the next one."""
         record = self._record
         with self._wake:
-            record.status, record.end_ms, self._closing = status, _now_ms(), True
+            record.status, record.end_ms, self._closing = status, _end_ms(record), True
             self._wake.notify_all()
         if self._thread.ident:
             self._thread.join(min(patience_seconds, 2.0) if self._failed else patience_seconds)
@@ -174,7 +176,7 @@ class Run:
         """Once a run, on stderr."""
         if not self._failed:
             self._failed = True
-            text = " ".join(str(error).split())[:200]
+            text = redact(" ".join(str(error).split()))[:200]
             print(f"warning: MLflow: {text}; the work goes on, what is unsent is kept in {self._unsent.parent}", file=sys.stderr)
 
 
@@ -281,8 +283,9 @@ def _send_unsent(client, uri: str, folder: Path) -> None:
         claimed = path.with_name("record.claimed")
         try:
             record = _Record.load(path.read_text())
-            if record.uri != uri:
+            if record.uri != redact(uri):
                 continue
+            record.uri = uri  # with the password, which is kept nowhere
             path.rename(claimed)
         except FileNotFoundError:  # another process has it
             continue
@@ -324,6 +327,11 @@ def _key(name: str) -> str:
 def _text(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
+
+
+def _end_ms(record: _Record) -> int:
+    """Now, but not before the run's start, where the clock was set back."""
+    return max(_now_ms(), record.start_ms)
 
 
 def _now_ms() -> int:

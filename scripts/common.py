@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ctrl.config import merge, resolve
+from ctrl.config import check_size, merge, resolve
 from ctrl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,8 +39,8 @@ def read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML or JSON file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not, brackets in thousands
         raise UserError(f"{path}: no valid YAML: {error}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: must hold keys and values, but it holds {type(content).__name__}")
-    return content or {}
+    return check_size(content or {}, str(path))

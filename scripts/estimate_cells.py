@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="sampler.batch_size")

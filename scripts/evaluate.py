@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="evaluation.images_per_label")

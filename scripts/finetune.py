@@ -17,7 +17,7 @@ from ctrl.embedding import check_distinct
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
 from ctrl.finetune.recipe import Task, probe_function, train
-from ctrl.io import read_json
+from ctrl.io import alone, read_json
 from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run
 from scripts.cells import load_training_cells
@@ -84,7 +84,8 @@ def main() -> None:
     prompts = templates["train"], templates["val"]
     identity = digest(settings, sampler, *prompts, cells, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
-    with run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"]) as tracker:
+    tracking = run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"])
+    with alone(args.output), tracking as tracker:
 
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="finetune.micro_batch_size or set finetune.gradient_checkpointing: true")

@@ -8,7 +8,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler
 
-from ctrl import pretrain
+from ctrl import errors, pretrain
 from ctrl.data import GARMENTS, read_idx
 
 
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.main(main)

@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="noisy_classifier.batch_size")

@@ -72,6 +72,17 @@ def trained(real):
     return *fit(images, scores, labels, splits, description, settings, seed=0), labels
 
 
+@pytest.fixture(scope="session")
+def smoke_repository(tmp_path_factory):
+    """A checkout in which config/smoke.yaml ran from end to end."""
+    from tests.repository import copy_repository, snakemake
+
+    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
+    done = snakemake(repository, "all", "--cores", "2", "--configfile", "config/smoke.yaml", timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return repository
+
+
 @pytest.fixture
 def tiny_clip(tmp_path) -> str:
     """A CLIP of 32 pixels and one layer, known to open_clip by this name."""

@@ -20,12 +20,12 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """That of a process that runs the code in `folder`, without settings of this one's Snakemake and MLflow."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "SNAKEMAKE"))} | {"PYTHONPATH": str(folder)}
+
+
 def snakemake(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """`snakemake ARGUMENTS` in `folder`, with the code that is there; stderr goes to stdout."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "SNAKEMAKE"))} | {
-        "PYTHONPATH": str(folder)
-    }
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
-    )  # fmt: skip
+    command, streams = [sys.executable, "-m", "snakemake", *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=folder, env=environment(folder), **streams, text=True, timeout=timeout, check=False)

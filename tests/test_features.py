@@ -123,5 +123,5 @@ def test_clip_scores_the_cosine_of_image_and_prompt(tiny_clip):
 
 
 def test_clip_without_its_weights_is_told_in_one_line():
-    with pytest.raises(UserError, match="open_clip has no weights nowhere for ViT-B-32"):
+    with pytest.raises(UserError, match="evaluation.features: CLIP ViT-B-32 with weights 'nowhere' cannot be loaded"):
         features.load("clip:ViT-B-32:nowhere")

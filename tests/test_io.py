@@ -131,7 +131,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
         f"import os; from ctrl import io\nwith io.atomic_folder({str(tmp_path / 'out')!r}) as f: (f / 'half').write_text(''); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert os.listdir(tmp_path) == [".out.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".out.lock", ".out.tmp"]
     with io.atomic_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("")
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["whole"]

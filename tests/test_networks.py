@@ -36,5 +36,5 @@ def test_clip_weights_from_a_local_file(tmp_path, tiny_clip):
         networks.load_clip(tiny_clip, str(tmp_path / "clip.pt"))
     with pytest.raises(UserError, match=r"CLIP .* cannot be loaded"):
         networks.load_clip("no-such-model", None)
-    with pytest.raises(UserError, match=r"CLIP .* cannot be loaded .*: give the path of a local file"):
+    with pytest.raises(UserError, match=r"CLIP .* cannot be loaded .*: give the path of a local safetensors file"):
         networks.load_clip(tiny_clip, str(tmp_path / "missing.safetensors"))

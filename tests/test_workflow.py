@@ -23,7 +23,10 @@ DEMO = {
     "plot_figures": 1,
     "all": 1,
 }
-INFRASTRUCTURE = {"scripts/common.py", *(f"ctrl/{name}.py" for name in ("config", "errors", "io", "names", "tracking", "__init__"))}
+INFRASTRUCTURE = {
+    "scripts/common.py",
+    *(f"ctrl/{name}.py" for name in ("config", "errors", "folders", "io", "names", "tracking", "__init__")),
+}
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
 EXEMPT = {  # imported, but without a say in the result of these rules
     "pretrain": {"ctrl/labels.py", "ctrl/oracles.py"},
@@ -37,7 +40,20 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     "train_noisy_classifier": {
         *(
             f"ctrl/{name}.py"
-            for name in ("classifier", "control", "dct", "embedding", "evaluation", "features", "heads", "metrics", "networks", "oracles")
+            for name in (
+                "adapter_files",
+                "classifier",
+                "clip",
+                "control",
+                "dct",
+                "embedding",
+                "evaluation",
+                "features",
+                "heads",
+                "metrics",
+                "networks",
+                "oracles",
+            )
         ),
         *(f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")),
         "ctrl/finetune/objective.py",
@@ -45,7 +61,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     },
     "sample": {"ctrl/metrics.py"},
     "tune": {f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")},
-    "plot_figures": {"ctrl/figures/__init__.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+    "plot_figures": {"ctrl/figures/__init__.py", "ctrl/clip.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/figures/__init__.py"},
     "compare_strengths": {"ctrl/figures/__init__.py"},
     "compare_trainers": {"ctrl/figures/__init__.py"},

@@ -20,7 +20,7 @@ STYLE = {
     "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.linewidth": 0.7, "xtick.major.width": 0.6,
     "ytick.major.width": 0.6, "legend.frameon": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "hatch.linewidth": 0.5,
+    "axes.axisbelow": True, "hatch.linewidth": 0.5, "text.parse_math": False,
 }  # fmt: skip
 INK, PALE, WRONG = "#222222", "#8a8a8a", "#c8102e"
 METHOD_COLOURS = {"pretrained": "#8a8a8a", "rejection": "#222222", "ctrl": "#d1495b", "reconstruction_guidance": "#2e86ab"}

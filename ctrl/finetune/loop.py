@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctrl.errors import UserError
 from ctrl.io import load_metadata, load_tensors, save_tensors, write_text
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> None:
-    """Raises FloatingPointError naming the update and the first tensor that holds a NaN or an infinity."""
+    """Raises UserError naming the update and the first tensor that holds a NaN or an infinity."""
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])  # one answer to wait for, where there is a GPU
     for name, good in zip(tensors, finite.tolist(), strict=True):
         if not good:
-            raise FloatingPointError(
-                f"update {update}: {what} of {name} is not finite; lower the learning rates or gamma, or soften the classifier"
+            raise UserError(
+                f"update {update}: {what} of {name} is not finite; the last checkpoint is kept; lower finetune.learning_rate, "
+                "finetune.embedding_learning_rate or finetune.gamma, or soften the classifier (finetune.temperature)"
             )
 
 
@@ -88,6 +90,7 @@ def run(
             for group, highest in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = highest * rate(update)
             figures = gradient(update)
+            check_finite({key: torch.tensor(figures[key]) for key in ("loss",) if key in figures}, update, "the value")
             check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
             norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
             optimizer.step()

@@ -13,35 +13,26 @@ ROOT = Path(workflow.basedir)
 sys.path.insert(0, str(ROOT))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs use this Python, activated or not
 
-from ctrl.config import UserError, check_scales, for_adapter, needs_classifier, read_methods, resolve
+from ctrl import config_file
+from ctrl.config import UserError, check_scales, check_size, for_adapter, needs_classifier, read_methods, resolve
 from ctrl.names import compared_of, dial_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
-
-
-def write_config(path: Path) -> None:
-    """Writes the configuration where it differs from what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    if not path.exists() or path.read_text() != text:
-        (temporary := path.with_name(f".{path.name}.{os.getpid()}")).write_text(text)
-        temporary.replace(path)
-
 
 try:
     SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
-    config |= resolve(json.loads(json.dumps(config)), SCHEMAS["config"])
+    config |= resolve(json.loads(json.dumps(check_size(config), default=str)), SCHEMAS["config"])
     if config["dataset"]["kind"] == "folder" and not Path(config["dataset"]["path"]).is_dir():
         raise UserError(f"config: dataset.path is {config['dataset']['path']}; there is no such folder of images")
     METHODS = check_scales(read_methods("config/methods.tsv", SCHEMAS["methods"]), config["tuning"])
+    RESULTS = f"results/{config['experiment']}"
+    config_file.write(Path(RESULTS) / "config.json", config, Path(".snakemake/locks"), "--unlock" in sys.argv)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)  # Snakemake would wrap any exception in a traceback
 
-RESULTS = f"results/{config['experiment']}"
 CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 DIAL = [] if CONTINUOUS else ["tables/strength.csv", "figures/strength.png"]  # it compares accuracies
 CORES = workflow._cores or 2  # on a cluster, this many
-write_config(Path(RESULTS) / "config.json")
 
 
 wildcard_constraints:
@@ -57,15 +48,15 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 
 CORE = [*lib("base data labels process sampling generate oracles pairs"), *lib("cells loading", "scripts")]
-CLASSIFIER = lib("classifier heads oracles labels networks dct")
-CONTROL = [*lib("control embedding finetune/objective"), *CLASSIFIER]
+CLASSIFIER = lib("classifier heads oracles labels networks clip dct")
+CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = lib("evaluation targets metrics features data labels")
+EVALUATION = lib("evaluation targets metrics features clip data labels")
 PICTURES = lib("curves labels pictures style", "ctrl/figures")
 TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
-    "train_garments": ["scripts/train_garments.py", *lib("features data")],
+    "train_garments": ["scripts/train_garments.py", *lib("features clip data")],
     "unpack_images": ["scripts/unpack_images.py", *lib("data")],
     "build_dataset": ["scripts/build_dataset.py", *lib("data labels oracles")],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],

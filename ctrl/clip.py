@@ -1,0 +1,35 @@
+"""CLIP from open_clip, frozen: its weights come from safetensors files alone."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ctrl.errors import UserError, is_out_of_memory
+
+
+def load_clip(model: str, pretrained: str | None) -> nn.Module:
+    """A frozen open_clip model in evaluation mode; UserError where its weights cannot be had. Random weights are those of seed 0.
+
+    `pretrained` is a tag that open_clip downloads, a safetensors file, or None for random weights. A pickle is refused before it is read.
+    """
+    import open_clip
+
+    what = f"CLIP {model} with weights {pretrained!r}"
+    if ":" in model:
+        raise UserError(f"{what}: give open_clip's own name of the model, such as ViT-B-32")
+    try:
+        tag = pretrained and open_clip.get_pretrained_cfg(model, pretrained)
+        file = open_clip.download_pretrained(tag) if tag else pretrained
+        if file and Path(file).suffix != ".safetensors" and (Path(file).suffix or Path(file).exists()):
+            raise UserError(f"{what}: {file} is a pickle, which may carry code: give CLIP's weights as .safetensors")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # Towers of their own would be fetched as whatever their makers keep them in.
+            towers = {"pretrained_image": False, "pretrained_text": False}
+            clip = open_clip.create_model(model, pretrained=pretrained, require_pretrained=pretrained is not None, **towers)
+    except Exception as error:  # the hub, the network, the file and open_clip each raise their own
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} cannot be loaded ({error}): give the path of a local safetensors file") from error
+    return clip.eval().requires_grad_(False)
