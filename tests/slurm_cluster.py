@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun"]
 PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-CPUS, MEMORY_MB = 8, 16000  # what the node says it has: no more jobs at once than that
+CPUS, MEMORY_MB = 8, 64000  # what the node says it has, to run some jobs at once; nothing here needs that much
 CONF = """
 ClusterName=ctrl
 SlurmctldHost={host}(127.0.0.1)
@@ -49,7 +49,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=3
 MessageTimeout=10
-MinJobAge=300
+MinJobAge=3600
 MpiDefault=none
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -115,8 +115,14 @@ class Cluster:
     def stop_node(self) -> None:
         """The node goes down: its daemon and every process of its jobs are gone at once."""
         self.kill("slurmd", signal.SIGKILL)
+        self.kill_jobs()
+
+    def kill_jobs(self) -> None:
         for process in self.job_processes():
-            os.kill(process, signal.SIGKILL)
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
 
     def kill(self, name: str, number: int = signal.SIGTERM) -> None:
         process = self.processes.pop(name)
@@ -127,13 +133,14 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def job_processes(self) -> list[int]:
-        """Every process that runs in a job of this cluster, and slurmstepd above it."""
-        mark, found = f"SLURM_CONF={self.folder}/".encode(), []
+    def job_processes(self, job: str = "", command: str = "") -> list[int]:
+        """Every process with `command` in its command line that runs in a job of this cluster (in `job`); without `job`, slurmstepd too."""
+        mark, found = str(self.folder / "bin").encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (path / "environ").read_bytes()
-                if mark in environment and (b"SLURM_JOB_ID=" in environment or b"slurmstepd" in (path / "cmdline").read_bytes()):
+                environment, line = (path / "environ").read_bytes(), (path / "cmdline").read_bytes()
+                in_job = f"SLURM_JOB_ID={job}".encode() + b"\0" * bool(job) in environment
+                if mark in environment and (in_job or (not job and b"slurmstepd" in line)) and command.encode() in line:
                     found.append(int(path.name))
             except OSError:
                 pass  # it is gone
@@ -144,15 +151,11 @@ class Cluster:
         return subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=30, check=False).stdout
 
     def stop(self) -> None:
-        self("scancel", "--full", f"--user={os.getuid()}") if "slurmctld" in self.processes else None
+        """Stops every job and daemon; nothing of them is left."""
         for name in ("slurmd", "slurmctld", "munged"):
             if name in self.processes:
                 self.kill(name)
-        for process in self.job_processes():
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        self.kill_jobs()
 
 
 def wait_for(condition, what: str, seconds: float = 30, every: float = 0.1):
@@ -177,9 +180,7 @@ def running(folder: Path) -> Iterator[Cluster]:
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with running(Path(sys.argv[1]).resolve()) as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']} PATH={cluster.folder / 'bin'}:$PATH", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            pass
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})

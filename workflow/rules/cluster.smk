@@ -7,18 +7,19 @@ def asked(section: str) -> dict[str, int | str]:
     """Resources of rules by a section of `cluster`; what is null there is not asked for, and the cluster's default holds."""
     asks = (cluster := config["cluster"])[section]
     places = {"slurm_account": cluster["account"], "slurm_partition": asks["partition"]}
-    amounts = {"gpu": asks["gpus"], "mem_mb": asks["mem_mb"], "runtime": asks["minutes"]} if "gpus" in asks else {}
-    return amounts | {name: value for name, value in places.items() if value}
+    amounts = {"gpu": asks["gpus"], "mem_mb": asks["mem_mb"], "runtime": asks["minutes"], "one_at_a_time": 1} if "gpus" in asks else {}
+    return {name: value for name, value in (amounts | places).items() if value}
 
 
+NUM_PROCESSES = config["cluster"]["finetune"]["gpus"]
 CPU, GPU, FINETUNE = asked("cpu"), asked("gpu"), asked("finetune")
 # In a job of a cluster Snakemake sees the whole node, of which a part was asked for.
 CORES = config["cluster"]["cpus"] if workflow.remote_exec else workflow._cores or config["cluster"]["cpus"]
 # Data parallel on several GPUs. Not a parameter of the rule: the adapter is the same but for rounding, and need not be trained again.
 LAUNCH = (
-    f"accelerate launch --multi_gpu --num_processes {FINETUNE['gpu']} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    f"accelerate launch --multi_gpu --num_processes {NUM_PROCESSES} --num_machines 1 --mixed_precision no --dynamo_backend no"
     " --main_process_port 0"
-    if FINETUNE["gpu"] > 1
+    if NUM_PROCESSES > 1
     else "python"
 )
 
