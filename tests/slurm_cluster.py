@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun"]
 PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-CPUS, MEMORY_MB = 8, 64000  # what the node says it has, to run some jobs at once; nothing here needs that much
+CPUS, MEMORY_MB, GPUS = 8, 64000, 8  # what the node says it has, to run some jobs at once; nothing here needs that much
 CONF = """
 ClusterName=ctrl
 SlurmctldHost={host}(127.0.0.1)
@@ -47,14 +47,14 @@ JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=3
+KillWait=20
 MessageTimeout=10
 MinJobAge=3600
 MpiDefault=none
 SlurmdParameters=config_overrides
 GresTypes=gpu
 LaunchParameters=disable_send_gids
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -80,10 +80,12 @@ class Cluster:
             (folder / name).mkdir(parents=True)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         ports = [free_port(), free_port()]
-        (folder / "slurm.conf").write_text(CONF.format(host=self.host, ports=ports, folder=folder, user=user, cpus=CPUS, memory=MEMORY_MB))
-        for k in range(2):
+        (folder / "slurm.conf").write_text(
+            CONF.format(host=self.host, ports=ports, folder=folder, user=user, cpus=CPUS, memory=MEMORY_MB, gpus=GPUS)
+        )
+        for k in range(GPUS):
             (folder / f"gpu{k}").touch()  # SLURM only counts and hands out the files
-        (folder / "gres.conf").write_text(f"NodeName={self.host} Name=gpu File={folder}/gpu[0-1]\n")
+        (folder / "gres.conf").write_text(f"NodeName={self.host} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
         # Snakemake's SLURM plugin takes SLURM_CONF away from the srun in a job, which then looks for /etc/slurm/slurm.conf.
         srun = folder / "bin" / "srun"
         srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=PLACES)} "$@"\n')
@@ -158,7 +160,7 @@ class Cluster:
         self.kill_jobs()
 
 
-def wait_for(condition, what: str, seconds: float = 30, every: float = 0.1):
+def wait_for(condition, what: str, seconds: float = 60, every: float = 0.1):
     """The first true answer of `condition()`; TimeoutError naming what was waited for."""
     end = time.monotonic() + seconds
     while not (answer := condition()):

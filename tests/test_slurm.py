@@ -126,7 +126,7 @@ def lost(clone):
     def ids() -> dict[str, str]:
         return {name: job["JobId"] for job in clone.jobs() for name in LOST if job["Comment"].endswith(f"_{name}")}
 
-    job = wait_for(lambda: len(found := ids()) == len(LOST) and found, "five jobs in the queue", 60, 0.5)
+    job = wait_for(lambda: len(found := ids()) == len(LOST) and found, "five jobs in the queue", 200, 0.5)
     cluster("scontrol", "update", f"JobId={job['greedy']}", "MinMemoryNode=300")
     cluster("scontrol", "update", f"NodeName={cluster.host}", "State=RESUME")
 
@@ -137,12 +137,12 @@ def lost(clone):
         return re.search(rf" {field}=(\S+)", cluster("scontrol", "show", "job", "-o", job[name]))[1]
 
     def again(name: str) -> None:
-        wait_for(lambda: show(name, "JobState") == "PENDING", f"{name} to be in the queue again", 60)
+        wait_for(lambda: show(name, "JobState") == "PENDING", f"{name} to be in the queue again", 200)
         cluster("scontrol", "update", f"JobId={job[name]}", "StartTime=now")  # SLURM would wait for two minutes
 
     waiting = {"cancelled", "late", "requeued", "stranded"}
     while waiting:  # each at its first checkpoint, in whatever order they come
-        name = wait_for(lambda: next((name for name in waiting if file(name).exists()), ""), f"a checkpoint of {waiting}", 180)
+        name = wait_for(lambda: next((name for name in waiting if file(name).exists()), ""), f"a checkpoint of {waiting}", 400)
         waiting.remove(name)
         if name in ("late", "stranded"):  # they do not finish before their time has come
             for number in cluster.job_processes(job[name], "scripts/finetune.py"):
@@ -154,13 +154,13 @@ def lost(clone):
         if name == "requeued":
             cluster("scontrol", "requeue", job[name])
             again(name)
-    wait_for(lambda: show("late", "JobState") != "RUNNING", "the end of its time", 120)
-    wait_for(lambda: show("requeued", "JobState") == "COMPLETED", "the job that was requeued", 120)
+    wait_for(lambda: show("late", "JobState") != "RUNNING", "the end of its time", 300)
+    wait_for(lambda: show("requeued", "JobState") == "COMPLETED", "the job that was requeued", 400)
     cluster.stop_node()
-    wait_for(lambda: "down" in cluster("sinfo", "-h", "-o", "%T"), "the node to be down", 60)
+    wait_for(lambda: "down" in cluster("sinfo", "-h", "-o", "%T"), "the node to be down", 120)
     cluster.start_node()
     again("stranded")
-    code = process.wait(300)
+    code = process.wait(600)
     kept = {name: json.loads(load_metadata(file(name))["history"]) for name in ("cancelled", "late")}
     return code, {name: (show(name, "JobState"), int(show(name, "Restarts"))) for name in LOST}, kept
 
