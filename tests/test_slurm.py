@@ -19,7 +19,7 @@ from tests.repository import fresh_clone
 from tests.slurm_cluster import missing, running, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a cluster")]
-NUM_UPDATES = 16
+NUM_UPDATES = 20
 LOST = ["cancelled", "late", "greedy", "requeued", "stranded"]
 SMALL = f"""
 pool: {{images_per_subject: 8}}
@@ -140,20 +140,21 @@ def lost(clone):
         wait_for(lambda: show(name, "JobState") == "PENDING", f"{name} to be in the queue again", 200)
         cluster("scontrol", "update", f"JobId={job[name]}", "StartTime=now")  # SLURM would wait for two minutes
 
+    def send(name: str, number: int) -> None:
+        for process_id in cluster.job_processes(job[name], "python\0scripts/finetune.py"):
+            os.kill(process_id, number)
+
     waiting = {"cancelled", "late", "requeued", "stranded"}
-    while waiting:  # each at its first checkpoint, in whatever order they come
+    while waiting:  # each stands still from its first checkpoint on, so that none is done before it is disturbed
         name = wait_for(lambda: next((name for name in waiting if file(name).exists()), ""), f"a checkpoint of {waiting}", 400)
+        send(name, signal.SIGSTOP)
         waiting.remove(name)
-        if name in ("late", "stranded"):  # they do not finish before their time has come
-            for number in cluster.job_processes(job[name], "scripts/finetune.py"):
-                os.kill(number, signal.SIGSTOP)
-        if name == "late":
-            cluster("scontrol", "update", f"JobId={job[name]}", "EndTime=now+1")
-        if name == "cancelled":
-            cluster("scancel", job[name])
-        if name == "requeued":
-            cluster("scontrol", "requeue", job[name])
-            again(name)
+    cluster("scontrol", "update", f"JobId={job['late']}", "EndTime=now+1")
+    cluster("scancel", job["cancelled"])
+    cluster("scontrol", "requeue", job["requeued"])
+    for name in ("cancelled", "requeued"):
+        send(name, signal.SIGCONT)
+    again("requeued")
     wait_for(lambda: show("late", "JobState") != "RUNNING", "the end of its time", 300)
     wait_for(lambda: show("requeued", "JobState") == "COMPLETED", "the job that was requeued", 400)
     cluster.stop_node()
