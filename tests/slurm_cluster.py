@@ -120,7 +120,7 @@ class Cluster:
         self.kill_jobs()
 
     def kill_jobs(self) -> None:
-        for process in self.job_processes():
+        for process in [*self.job_processes(command="slurmstepd"), *self.job_processes()]:  # nobody is left to say how a job ended
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
@@ -137,7 +137,7 @@ class Cluster:
 
     def job_processes(self, job: str = "", command: str = "") -> list[int]:
         """Every process with `command` in its command line that runs in a job of this cluster (in `job`); without `job`, slurmstepd too."""
-        mark, found = str(self.folder / "bin").encode(), []
+        mark, found = f"{self.folder}/".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 environment, line = (path / "environ").read_bytes(), (path / "cmdline").read_bytes()
