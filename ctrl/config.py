@@ -117,6 +117,8 @@ def check_across(config: dict, where: str = "config") -> None:
             f"{where}: finetune.trainer is policy_gradient; it takes no truncation (null), and a checkpoint_every that is a multiple of "
             f"policy_gradient.reuse: not {every} with {reuse}"
         )
+    if (gpus := config["cluster"]["finetune"]["gpus"]) > finetune["batch_size"]:
+        raise UserError(f"{where}: cluster.finetune.gpus is {gpus}, finetune.batch_size {finetune['batch_size']}; each GPU takes a share")
     softening = finetune["temperature"]
     if softening["hold"] > softening["end"]:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")

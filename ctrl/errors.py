@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,6 +17,10 @@ class UserError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(redact(" ".join(str(message).split())))
+
+
+class Stopped(BaseException):
+    """Work that SIGTERM ended early and in good order: what was done is kept. No mistake, and no Exception that anything should handle."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -33,9 +38,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def main(func: Callable[[], object], lower: str = "") -> None:
-    """Runs a script's `func`; a UserError becomes `error: ...` on stderr and exit code 2.
+    """Runs a script's `func`; a UserError becomes `error: ...` on stderr and exit code 2, and Stopped a line and 143, as SIGTERM's own.
 
-    So does a lack of memory, with the settings to `lower`. Whatever else goes wrong is a traceback, without secrets.
+    A lack of memory ends like the former, with the settings to `lower`. Whatever else goes wrong is a traceback, without secrets.
     """
     sys.excepthook = lambda *error: print(redact("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
     try:
@@ -43,6 +48,9 @@ def main(func: Callable[[], object], lower: str = "") -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -1,4 +1,7 @@
-"""Train a control: CTRL on a pretrained model and a calibrated classifier, to an adapter that plain diffusers loads."""
+"""Train a control: CTRL on a pretrained model and a calibrated classifier, to an adapter that plain diffusers loads.
+
+On several GPUs: `accelerate launch --multi_gpu --num_processes N scripts/finetune.py ...`; each process takes its share of every batch.
+"""
 
 import argparse
 import hashlib
@@ -8,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from ctrl import control as controls
 from ctrl import errors
@@ -23,7 +27,7 @@ from ctrl.tracking import run
 from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base, load_oracle, new_control
-from scripts.training import check_labels, contents, distance_function, learned_from
+from scripts.training import check_labels, contents, distance_function, join_processes, learned_from
 
 
 def parse() -> argparse.Namespace:
@@ -59,6 +63,7 @@ def main() -> None:
         raise errors.UserError(f"--name is {args.name}: gamma must be above 0; 1 is the exact conditional law")
     if needs_classifier(config) and not args.classifier:
         raise errors.UserError(f"finetune.trainer is {settings['trainer']}: it also needs --classifier")
+    main_process = join_processes()
     base, process = load_base(config, args.num_threads)
     cells = load_training_cells(args.cells, settings["ask_held_out"])
     space = space_of(read_json(args.dataset / "report.json"))
@@ -66,10 +71,11 @@ def main() -> None:
     check_labels(args, space, cells)
     control = new_control(base, process, space, config)
     amounts_to = effective_gamma(settings["gamma"], settings["kl_weight"], settings["kl_reduction"], torch.Size(base.latent_shape).numel())
-    print(
-        f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",
-        flush=True,
-    )
+    if main_process:
+        print(
+            f"gamma {settings['gamma']:g}, KL reduction {settings['kl_reduction']}: this amounts to p(x | c) p(y | x)^{amounts_to:g}",
+            flush=True,
+        )
 
     oracle, distance = load_oracle(args.dataset), distance_function(args, config)
     log_prob, examples, files = learned_from(base, space, settings["trainer"], args)
@@ -84,6 +90,9 @@ def main() -> None:
     prompts = templates["train"], templates["val"]
     identity = digest(settings, sampler, *prompts, cells, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
+    if not main_process:
+        train(task, log_prob, probe, settings, args.output, identity, examples=examples)
+        return distributed.destroy_process_group()
     tracking = run(config, config["experiment"], f"finetune {args.name}", tags, config["mlflow"]["tracking_uri"])
     with alone(args.output), tracking as tracker:
 
@@ -91,6 +100,8 @@ def main() -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
 
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
         figures = {
             "name": args.name,

@@ -2,19 +2,32 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from ctrl import classifier as classifiers
 from ctrl import errors, evaluation, features
 from ctrl.base import Base
 from ctrl.data import load_images
+from ctrl.finetune import parallel
 from ctrl.finetune.recipe import Examples, LogProb
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Continuous, Factors, factors_of
 from scripts.loading import reward_of_latents
+
+
+def join_processes() -> bool:
+    """Meets the other processes of `accelerate launch`, each with a GPU of its own, if there are any; whether this is the first one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        found, asked = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if 0 < found < asked:
+            raise errors.UserError(f"{asked} processes, but {found} GPUs: lower cluster.finetune.gpus, or accelerate's --num_processes")
+        PartialState(cpu=not found)
+    return parallel.is_main()
 
 
 def contents(files: Sequence[Path]) -> list[str]:

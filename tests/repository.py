@@ -25,6 +25,19 @@ def environment(folder: Path) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "SNAKEMAKE"))} | {"PYTHONPATH": str(folder)}
 
 
+def fresh_clone(folder: Path) -> Path:
+    """What a clone of the repository, with its files as they are now, has in `folder`. RuntimeError outside of a git checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        raise RuntimeError("no git checkout")
+    for name in filter(lambda name: (ROOT / name).is_file(), listed.stdout.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 def snakemake(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """`snakemake ARGUMENTS` in `folder`, with the code that is there; stderr goes to stdout."""
     command, streams = [sys.executable, "-m", "snakemake", *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctrl.errors import UserError
+from ctrl import errors
+from ctrl.errors import Stopped, UserError
 from ctrl.finetune import loop
 from ctrl.io import load_tensors
 
@@ -22,6 +23,8 @@ from pathlib import Path
 torch.set_num_threads(1)
 from ctrl import base as bases
 from ctrl.control import Control
+from ctrl import errors
+from ctrl.errors import Stopped
 from ctrl.finetune import loop
 from ctrl.finetune.recipe import Task, gradient_function
 
@@ -122,6 +125,33 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == [loop.CHECKPOINT]
     assert toy_run(tmp_path, lambda w, u: setattr(w, "grad", torch.ones(2)) or {})[1][-1]["update"] == 4
+
+
+@pytest.mark.parametrize(("stop_every", "done"), [(1, 2), (3, 3)])
+def test_sigterm_leaves_a_checkpoint_at_the_next_update_and_the_next_run_goes_on(tmp_path, stop_every, done):
+    def gradient(weight, update, kill=True):
+        weight.grad = torch.full((2,), float(update))
+        if update == 1 and kill:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    settings = {"checkpoint_every": 100, "probe_every": 100, "num_updates": 5, "stop_every": stop_every}
+    with pytest.raises(Stopped, match=rf"stopped after update {done} of 5; .*{loop.CHECKPOINT} has it"):
+        toy_run(tmp_path / "stopped", gradient, **settings)
+    assert len((tmp_path / "stopped" / "history.jsonl").read_text().splitlines()) == done
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "outside of the loop SIGTERM is what it was"
+    resumed, history = toy_run(tmp_path / "stopped", lambda w, u: gradient(w, u, kill=False), **settings)
+    whole, _ = toy_run(tmp_path / "whole", lambda w, u: gradient(w, u, kill=False), **settings)
+    assert torch.equal(resumed, whole) and [row["update"] for row in history] == [1, 2, 3, 4, 5]
+
+
+def test_a_stopped_script_says_so_and_ends_as_by_sigterm(capsys):
+    def stop():
+        raise Stopped("SIGTERM: stopped after update 2 of 5")
+
+    with pytest.raises(SystemExit) as ended:
+        errors.main(stop)
+    assert ended.value.code == 143 and capsys.readouterr().err == "SIGTERM: stopped after update 2 of 5\n"
 
 
 def test_a_finished_checkpoint_brings_its_history_back(tmp_path):

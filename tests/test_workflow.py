@@ -148,6 +148,25 @@ def test_fewer_images_are_those_of_the_dataset_the_classifier_and_the_scale(repo
     assert "--classifier results/compressibility/classifier_n300" in done.stdout
 
 
+def test_jobs_ask_for_the_gpus_that_the_config_gives_them(repository):
+    (repository / "config" / "gpus.yaml").write_text(
+        "cluster: {account: a1, gpu: {gpus: 0, partition: p1}, finetune: {gpus: 2, minutes: 7}}"
+    )
+    done = snakemake(repository, "-n", "-p", "--cores", "2", "all", "--configfile", "config/gpus.yaml")
+    assert done.returncode == 0, done.stdout
+    blocks = {re.match(r"\w+", block)[0]: block for block in done.stdout.split("\nrule ")[1:]}
+    asked = {name: re.search(r"resources: (.*)", block)[1] for name, block in blocks.items() if "resources: " in block}
+    assert "gpu=2" in asked["finetune"] and "runtime=7" in asked["finetune"] and "slurm_partition" not in asked["finetune"]
+    assert re.search(r"accelerate launch --multi_gpu --num_processes 2 .* scripts/finetune\.py", blocks["finetune"])
+    assert [name for name in asked if "gpu=" in asked[name]] == ["finetune"], (
+        "0 GPUs are not asked for: a cluster without any has no such word"
+    )
+    assert [name for name in asked if "slurm_partition=p1" in asked[name]] == [
+        name for name in asked if name in ("sample_pool", "train_classifier", "tune", "sample", "sample_val")
+    ]
+    assert all("slurm_account=a1" in text for name, text in asked.items() if name != "all")
+
+
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
     done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
     assert done.returncode == 0, done.stdout

@@ -1,20 +1,27 @@
 """The training loop: optimizer, clipping, NaN guard, history, checkpoints, resume. It knows no trainer, no model and no images.
 
+SIGTERM, by which a cluster announces the end of a job, ends it at the next update with a checkpoint. With several processes (`parallel`)
+all of them hold the same weights, and the first one alone writes.
+
 Everything random in update `u` must follow from `u` alone; then the weights, the optimizer's state and `u` are all that a checkpoint needs.
 """
 
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctrl.errors import UserError
+from ctrl.errors import Stopped, UserError
+from ctrl.finetune.parallel import is_main, sum_gradients
 from ctrl.io import load_metadata, load_tensors, save_tensors, write_text
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -60,6 +67,18 @@ def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch
     return int(metadata["done"]), json.loads(metadata["history"])
 
 
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """Inside, SIGTERM only sets the event that this gives. (In the main thread: no other may handle signals.)"""
+    event, mine = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set()) if mine else None
+    try:
+        yield event
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
 def run(
     named: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -73,44 +92,51 @@ def run(
     settings: str,
     on_row: Sequence[Callable[[dict], None]] = (),
     rate: Callable[[int], float] = lambda update: 1.0,
+    stop_every: int = 1,
 ) -> list[dict]:
     """Trains `named` parameters in place; returns the history, one dict an update, also written to `history.jsonl` in `folder`.
 
     `gradient(update)` adds to every `.grad` and returns figures; `probe(update)` returns more, every `probe_every` updates and at the end.
     `settings` is any text that identifies the run: only a checkpoint with the same one is resumed. `rate(update)` is a factor on every
-    group's learning rate.
+    group's learning rate. Raises Stopped after SIGTERM, with the checkpoint written; `stop_every` is how many updates belong together.
     """
     checkpoint = folder / "checkpoints" / CHECKPOINT
     rates = [group["lr"] for group in optimizer.param_groups]
     done, history = load_checkpoint(checkpoint, named, optimizer, settings)
-    with tqdm(range(done, num_updates), initial=done, total=num_updates, desc="fine-tuning", mininterval=2) as bar:
-        for update in bar:
+    bar = tqdm(initial=done, total=num_updates, desc="fine-tuning", mininterval=2, disable=not is_main())
+    with bar, termination() as terminated:
+        for update in range(done, num_updates):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             for group, highest in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = highest * rate(update)
             figures = gradient(update)
+            stop = sum_gradients(list(named.values()), terminated.is_set())
             check_finite({key: torch.tensor(figures[key]) for key in ("loss",) if key in figures}, update, "the value")
             check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
             norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
             optimizer.step()
             check_finite(named, update, "the value")
-            last = update + 1 == num_updates
+            last, stop = update + 1 == num_updates, stop and (update + 1) % stop_every == 0
             row = {"update": update + 1, **figures, "grad_norm": norm.item(), "seconds": time.perf_counter() - started}
-            if (update + 1) % probe_every == 0 or last:
+            if ((update + 1) % probe_every == 0 or last) and is_main():
                 row |= probe(update)
             history.append(
                 {key: round(value, 6) if isinstance(value, float) and math.isfinite(value) else value for key, value in row.items()}
             )
             for function in on_row:
                 function(history[-1])
-            shown = ("loss", "log_prob", "kl_nats", "oracle_accuracy")
-            bar.set_postfix({key: next((f"{r[key]:.3g}" for r in reversed(history) if key in r), "") for key in shown})
-            if (update + 1) % checkpoint_every == 0 or last:
+            if ((update + 1) % checkpoint_every == 0 or last or stop) and is_main():
                 metadata = {"done": str(update + 1), "history": json.dumps(history), "settings": settings}
                 save_checkpoint(checkpoint, named, optimizer, metadata)
                 write_history(folder, history)
-    write_history(folder, history)  # a run that was cut off behind its last checkpoint has lost the file with its other outputs
+            if stop and not last:
+                raise Stopped(f"SIGTERM: stopped after update {update + 1} of {num_updates}; {checkpoint} has it, and the next run goes on")
+            shown = ("loss", "log_prob", "kl_nats", "oracle_accuracy")
+            bar.set_postfix({key: next((f"{r[key]:.3g}" for r in reversed(history) if key in r), "") for key in shown}, refresh=False)
+            bar.update()
+    if is_main():
+        write_history(folder, history)  # a run that was cut off behind its last checkpoint has lost the file with its other outputs
     return history
 
 

@@ -13,6 +13,7 @@ from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import annealed, hold, learning_rate_factor, summed_kl_weight, term_weights, within_cell_variance
+from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.supervised import supervised
 from ctrl.pairs import draw
@@ -65,7 +66,7 @@ def train(
     return loop.run(
         task.control.parameters(), optimizer_of(task.control, config), gradient, probe, num_updates, folder, config["max_grad_norm"],
         config["checkpoint_every"], config["probe"]["every"], identity, on_row,
-        lambda update: learning_rate_factor(update, num_updates, warmup, decay),
+        lambda update: learning_rate_factor(update, num_updates, warmup, decay), updates_per_draw(config),
     )  # fmt: skip
 
 
@@ -117,13 +118,14 @@ def batch_function(task: Task, config: dict) -> Callable[[int], Batch]:
 
 
 def counted(control: Control, gradient: Callable[[int], dict[str, float]]) -> Callable[[int], dict[str, float]]:
-    """`gradient`, whose figures also say how many images went through the UNet, forward and backward."""
+    """`gradient`, whose figures also say how many images went through the UNet, forward and backward, of all processes."""
 
     def counting(update: int) -> dict[str, float]:
         passes = control.base.passes
         before = passes.forward, passes.backward
         figures = gradient(update)
-        return figures | {"unet_forward": passes.forward - before[0], "unet_backward": passes.backward - before[1]}
+        ways, device = zip(("forward", "backward"), before, strict=True), control.base.device
+        return figures | {f"unet_{way}": total(getattr(passes, way) - old, device) for way, old in ways}
 
     return counting
 
@@ -134,7 +136,10 @@ def kl_weight_of(task: Task, config: dict) -> float:
 
 
 def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
-    """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`."""
+    """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`.
+
+    With several processes each adds that of its own rows; the figures are of all.
+    """
     if config["trainer"] == "policy_gradient":
         return policy_gradient_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
@@ -152,7 +157,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         temperature = annealed(update / config["num_updates"], start, softening["hold"], softening["end"])
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
-        for rows in torch.arange(size).split(config["micro_batch_size"]):
+        for rows in rows_of(size).split(config["micro_batch_size"]):
             psi, pre, held, y, noise = batch.part(task, rows, config["gradient_checkpointing"])
             parts.append(
                 TRAINERS[config["trainer"]](
@@ -161,7 +166,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
                     **{key: k[rows] for key, k in cut.items()},
                 )
             )  # fmt: skip
-        terms = {key: torch.cat([p[key] for p in parts]).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
+        terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
         variance = batch.variance(gamma * terms["log_prob"] - terms["log_ratio"])
@@ -185,30 +190,31 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
 
     def collect(update: int) -> None:
         batch, paths, rewards = batch_of(update), [], []
-        for rows in torch.arange(size).split(config["micro_batch_size"]):
+        for rows in rows_of(size).split(config["micro_batch_size"]):
             psi, pre, _, y, noise = batch.part(task, rows, False)
             paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))
             with torch.no_grad():
                 rewards.append(reward(paths[-1]["x_0"], y, 1.0).to(noise))
-        r, kl = torch.cat(rewards), torch.cat([path["kl_nats"] for path in paths], 1)
+        r, kl = gathered(torch.cat(rewards), size), gathered(torch.cat([path["kl_nats"] for path in paths], 1), size, 1)
+        log_ratio = gathered(torch.cat([path["log_ratio"] for path in paths]), size)
         advantage = advantages(r, kl, batch.labels.to(r.device), gamma, kl_weight)
         mean = {"reward": r.mean().item(), "kl_nats": kl.sum(0).mean().item()}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["reward"]
-        variance = batch.variance((gamma * r - torch.cat([path["log_ratio"] for path in paths])).double().cpu())
+        variance = batch.variance((gamma * r - log_ratio).double().cpu())
         held.update(batch=batch, paths=paths, advantage=advantage, figures={"loss": loss, **mean, **variance})
 
     def gradient(update: int) -> dict[str, float]:
         if update % settings["reuse"] == 0:
             collect(update)
         batch, clipped = held["batch"], []
-        for rows, path in zip(torch.arange(size).split(config["micro_batch_size"]), held["paths"], strict=True):
+        for rows, path in zip(rows_of(size).split(config["micro_batch_size"]), held["paths"], strict=True):
             psi = batch.part(task, rows, config["gradient_checkpointing"])[0]
             found = policy_gradient(
                 batch.process, psi, path, held["advantage"][:, rows], settings["clip"], kl_weight, 1 / size,
                 task.control.active(batch.process),
             )  # fmt: skip
             clipped.append(found["clipped"])
-        return held["figures"] | {"clipped": torch.cat(clipped).mean().item()}
+        return held["figures"] | {"clipped": gathered(torch.cat(clipped), size).mean().item()}
 
     return counted(task.control, gradient)
 
@@ -231,10 +237,11 @@ def supervised_gradient(task: Task, examples: Examples, batch_size: int) -> Call
             dropped |= torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
         y = control.space.freed(labels[chosen], dropped.T)
 
-        psi = control.denoiser(process, [examples.prompts[k] for k in chosen.tolist()], y)
+        rows = rows_of(batch_size)
+        psi = control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
         x_0 = examples.x_0[chosen.to(examples.x_0.device)]
-        figures = supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process))
-        return {"loss": figures["loss"].item()}
+        loss = supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process), rows)["loss"]
+        return {"loss": gathered(loss[None], world()[1]).sum().item()}
 
     return counted(control, gradient)
 

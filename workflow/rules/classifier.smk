@@ -20,8 +20,7 @@ rule sample_pool:
         "results/{experiment}/benchmarks/sample_pool.tsv"
     threads: cores(config["pool"]["images_per_subject"] * len(config["prompts"]["subjects"]))
     resources:
-        mem_mb=8000,
-        runtime=120,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.subjects", "prompts.templates.train"),
@@ -61,8 +60,7 @@ rule train_classifier:
         "results/{experiment}/benchmarks/train_classifier.tsv"
     threads: CORES
     resources:
-        mem_mb=8000,
-        runtime=240,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "classifier", "label", "dataset.image_size"),
@@ -102,8 +100,7 @@ rule train_noisy_classifier:
         "results/{experiment}/benchmarks/train_noisy_classifier.tsv"
     threads: CORES
     resources:
-        mem_mb=8000,
-        runtime=240,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "noisy_classifier"),
@@ -132,6 +129,7 @@ rule estimate_cells:
         "results/{experiment}/logs/estimate_cells.txt",
     threads: cores(config["pool"]["images_per_subject"] * len(config["prompts"]["subjects"]))
     resources:
+        **CPU,
         mem_mb=4000,
         runtime=30,
     params:

@@ -32,7 +32,6 @@ except UserError as error:
 CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
 DIAL = [] if CONTINUOUS else ["tables/strength.csv", "figures/strength.png"]  # it compares accuracies
-CORES = workflow._cores or 2  # on a cluster, this many
 
 
 wildcard_constraints:
@@ -53,7 +52,7 @@ CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFI
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = lib("evaluation targets metrics features clip data labels")
 PICTURES = lib("curves labels pictures style", "ctrl/figures")
-TRAINERS = lib("adjoint backprop loop objective policy_gradient recipe supervised", "ctrl/finetune")
+TRAINERS = lib("adjoint backprop loop objective parallel policy_gradient recipe supervised", "ctrl/finetune")
 CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip data")],
@@ -92,11 +91,6 @@ def sections(*keys: str, adapter: str = "") -> str:
     """Parts of the configuration (of an adapter) as text, by dotted keys: with it in its params, a rule runs again when they change."""
     parts = {key: reduce(dict.__getitem__, key.split("."), for_adapter(config, adapter) if adapter else config) for key in keys}
     return json.dumps(parts)
-
-
-def cores(num_images: int) -> int:
-    """All cores for a job of many images, so that no two run at once on a laptop; one for a trial, whose time is spent on imports."""
-    return CORES if num_images >= 200 else 1
 
 
 def methods(table: str) -> list[str]:

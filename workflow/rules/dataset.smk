@@ -15,6 +15,7 @@ rule unpack_images:
     log:
         "results/{experiment}/logs/unpack_images.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=10,
     params:
@@ -45,8 +46,7 @@ rule generate_images:
         "results/{experiment}/benchmarks/generate_images.tsv"
     threads: CORES
     resources:
-        mem_mb=8000,
-        runtime=720,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.subjects", "prompts.templates.train"),
@@ -82,6 +82,7 @@ rule build_dataset:
     log:
         "results/{experiment}/logs/build_dataset.txt",
     resources:
+        **CPU,
         mem_mb=4000,
         runtime=30,
     params:

@@ -24,6 +24,7 @@ rule subset_dataset:
     log:
         "results/{experiment}/logs/subset_dataset_n{size}.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=15,
     params:
@@ -82,6 +83,7 @@ rule plot_efficiency:
     log:
         "results/{experiment}/logs/plot_efficiency.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=5,
     params:

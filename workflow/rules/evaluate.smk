@@ -21,6 +21,7 @@ rule evaluate:
         "results/{experiment}/logs/evaluate_{method}.txt",
     threads: 1
     resources:
+        **CPU,
         mem_mb=4000,
         runtime=60,
     params:

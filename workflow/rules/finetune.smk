@@ -6,7 +6,7 @@
 
 
 rule finetune:
-    """CTRL: entropy-regularised fine-tuning of an adapter. A killed run goes on from its checkpoint."""
+    """CTRL: entropy-regularised fine-tuning of an adapter. A killed run goes on from its checkpoint; on SIGTERM it writes one first."""
     input:
         code=CODE["finetune"],
         base=files_of(config["base"]["path"]),
@@ -31,8 +31,7 @@ rule finetune:
         "results/{experiment}/benchmarks/finetune_{adapter}.tsv"
     threads: cores(config["finetune"]["num_updates"] * config["finetune"]["batch_size"])
     resources:
-        mem_mb=16000,
-        runtime=720,
+        **FINETUNE,
     params:
         config="results/{experiment}/config.json",
         depends=lambda wildcards: sections(
@@ -44,7 +43,7 @@ rule finetune:
         output="results/{experiment}/adapters/{adapter}",
     shell:
         """
-        python scripts/finetune.py \
+        {LAUNCH} scripts/finetune.py \
             --config {params.config:q} \
             --name {wildcards.adapter:q} \
             {params.needs:q} \
@@ -52,7 +51,10 @@ rule finetune:
             --dataset {params.dataset:q} \
             --reference {params.reference:q} \
             --output {params.output:q} \
-            --num-threads {threads} 2>&1 | tee {log:q}
+            --num-threads {threads} 2>&1 | (
+            trap "" TERM
+            tee {log:q}
+        )
         """
 
 
@@ -76,8 +78,7 @@ rule tune:
         "results/{experiment}/benchmarks/tune_{method}.tsv"
     threads: lambda wildcards: cores(config["tuning"]["num_images"] * len(config["tuning"][row_of(wildcards.method)["guidance"]]["scale"]))
     resources:
-        mem_mb=16000,
-        runtime=360,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=sections("seed", "base", "sampler", "prompts.templates.val", "tuning", "evaluation.features"),

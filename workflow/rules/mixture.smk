@@ -17,6 +17,7 @@ rule mixture:
         "results/{experiment}/benchmarks/mixture_{method}.tsv"
     threads: 1
     resources:
+        **CPU,
         mem_mb=4000,
         runtime=240,
     params:
@@ -46,6 +47,7 @@ rule plot_mixture:
     log:
         "results/{experiment}/logs/plot_mixture.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=10,
     params:

@@ -21,8 +21,7 @@ rule pretrain:
         "results/pretrain/benchmarks/pretrain.tsv"
     threads: CORES
     resources:
-        mem_mb=8000,
-        runtime=720,
+        **GPU,
     params:
         output="results/pretrain/mini-sd",
         checkpoints="results/pretrain/checkpoints",
@@ -49,8 +48,7 @@ rule train_garments:
         "results/pretrain/benchmarks/train_garments.tsv"
     threads: CORES
     resources:
-        mem_mb=8000,
-        runtime=120,
+        **GPU,
     params:
         output="results/pretrain/garments",
     shell:

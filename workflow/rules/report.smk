@@ -25,6 +25,7 @@ rule tabulate:
     log:
         "results/{experiment}/logs/tabulate_{table}.txt",
     resources:
+        **CPU,
         mem_mb=1000,
         runtime=5,
     params:
@@ -72,6 +73,7 @@ rule plot_figures:
     log:
         "results/{experiment}/logs/plot_figures.txt",
     resources:
+        **CPU,
         mem_mb=4000,
         runtime=15,
     params:
@@ -138,6 +140,7 @@ rule plot_sweep:
     log:
         "results/{experiment}/logs/plot_sweep.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=5,
     params:
@@ -173,6 +176,7 @@ rule write_methods_page:
     log:
         "results/{experiment}/logs/write_methods_page.txt",
     resources:
+        **CPU,
         mem_mb=1000,
         runtime=5,
     params:

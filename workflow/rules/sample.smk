@@ -22,8 +22,7 @@ rule sample:
         "results/{experiment}/benchmarks/sample_{method}.tsv"
     threads: cores(config["evaluation"]["images_per_label"] * config["label"]["num_classes"])
     resources:
-        mem_mb=8000,
-        runtime=240,
+        **GPU,
     params:
         config="results/{experiment}/config.json",
         depends=lambda wildcards: sections(

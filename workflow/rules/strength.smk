@@ -16,6 +16,7 @@ rule compare_strengths:
     log:
         "results/{experiment}/logs/compare_strengths.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=5,
     params:

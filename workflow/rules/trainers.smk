@@ -19,6 +19,7 @@ rule compare_trainers:
     log:
         "results/{experiment}/logs/compare_trainers.txt",
     resources:
+        **CPU,
         mem_mb=2000,
         runtime=5,
     params:

@@ -1,0 +1,29 @@
+# What jobs ask for. A cluster's scheduler is told (`snakemake --profile slurm`); on one machine only `threads` counts.
+#
+# Needs  the config's section `cluster`
+
+
+def asked(section: str) -> dict[str, int | str]:
+    """Resources of rules by a section of `cluster`; what is null there is not asked for, and the cluster's default holds."""
+    asks = (cluster := config["cluster"])[section]
+    places = {"slurm_account": cluster["account"], "slurm_partition": asks["partition"]}
+    amounts = {"gpu": asks["gpus"], "mem_mb": asks["mem_mb"], "runtime": asks["minutes"], "one_at_a_time": 1} if "gpus" in asks else {}
+    return {name: value for name, value in (amounts | places).items() if value}
+
+
+NUM_PROCESSES = config["cluster"]["finetune"]["gpus"]
+CPU, GPU, FINETUNE = asked("cpu"), asked("gpu"), asked("finetune")
+# In a job of a cluster Snakemake sees the whole node, of which a part was asked for.
+CORES = config["cluster"]["cpus"] if workflow.remote_exec else workflow._cores or config["cluster"]["cpus"]
+# Data parallel on several GPUs. Not a parameter of the rule: the adapter is the same but for rounding, and need not be trained again.
+LAUNCH = (
+    f"accelerate launch --multi_gpu --num_processes {NUM_PROCESSES} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    " --main_process_port 0"
+    if NUM_PROCESSES > 1
+    else "python"
+)
+
+
+def cores(num_images: int) -> int:
+    """All cores for a job of many images, so that no two run at once on a laptop; one for a trial, whose time is spent on imports."""
+    return CORES if num_images >= 200 else 1
