@@ -88,6 +88,11 @@ def check_across(config: dict, where: str = "config") -> None:
     check_factors(config["label"], where)
     check_continuous(config["label"], config["classifier"]["head"], where)
     dataset, finetune = config["dataset"], config["finetune"]
+    if re.search("://[^/]*@", config["mlflow"]["tracking_uri"] or ""):
+        raise UserError(
+            f"{where}: mlflow.tracking_uri holds a user or password, which every result would keep; "
+            "give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if dataset["kind"] == "folder" and not dataset["path"]:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:

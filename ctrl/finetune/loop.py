@@ -3,6 +3,7 @@
 Everything random in update `u` must follow from `u` alone; then the weights, the optimizer's state and `u` are all that a checkpoint needs.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -81,6 +82,8 @@ def run(
     checkpoint = folder / "checkpoints" / CHECKPOINT
     rates = [group["lr"] for group in optimizer.param_groups]
     done, history = load_checkpoint(checkpoint, named, optimizer, settings)
+    for row, function in itertools.product(history, on_row):  # whoever listens hears of all updates, whichever process made them
+        function(row)
     with tqdm(range(done, num_updates), initial=done, total=num_updates, desc="fine-tuning", mininterval=2) as bar:
         for update in bar:
             started = time.perf_counter()
