@@ -1,7 +1,7 @@
 """Fetch the results that dvc.lock names, check them byte for byte, and only then tell Snakemake that they are up to date.
 
-Snakemake goes by times, and git and DVC write files in any order: a fresh clone with all results looks out of date. `snakemake --touch` would
-make anything look right; here it is called only where DVC finds that code, configuration and results are those of the recorded run.
+Snakemake goes by times, and git and DVC write files in any order: a fresh clone with all results looks out of date. `snakemake --touch`
+would make anything look right; here it is called only where DVC finds that code, configuration and results are those of the recorded run.
 """
 
 import argparse

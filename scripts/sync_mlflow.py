@@ -22,10 +22,7 @@ def main() -> None:
     for header, problem in sent:
         print(f"{header['name']}: {'sent' if problem is None else 'still here: ' + problem}")
     if failed := sum(problem is not None for _, problem in sent):
-        print(
-            f"error: {failed} of {len(sent)} runs are still in {args.folder}/mlflow-unsent; start the server and try again", file=sys.stderr
-        )
-        sys.exit(1)
+        sys.exit(f"error: {failed} of {len(sent)} runs are still in {args.folder}/mlflow-unsent; start the server and try again")
     print(f"{len(sent)} runs sent; MLflow has all of them" if sent else "nothing to send")
 
 
