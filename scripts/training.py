@@ -68,7 +68,7 @@ def check_labels(args: argparse.Namespace, space: Factors | Continuous, cells: l
 
 
 def contact_sheet(images: torch.Tensor, labels: torch.Tensor, columns: int = 8, size: int = 96) -> Image.Image:
-    """Images in [-1, 1], (B, 3, H, W), as one picture: a row a label, of up to `columns`; with a continuous label all, in ascending order."""
+    """Images in [-1, 1], (B, 3, H, W), as one picture: a row a label, up to `columns`; with a continuous label all, in ascending order."""
     order = labels.argsort(stable=True)
     rows = list(order.split(columns))
     if not labels.is_floating_point():

@@ -7,7 +7,7 @@ import sqlite3
 import pandas as pd
 import pytest
 
-from tests.repository import copy_repository, snakemake
+from tests.repository import snakemake
 
 pytestmark = pytest.mark.slow
 ARGUMENTS = ("--cores", "2", "--configfile", "config/smoke.yaml")
@@ -49,11 +49,8 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
-    done = snakemake(repository, "all", *ARGUMENTS, timeout=900)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return repository
+def repository(finished_smoke):
+    return finished_smoke
 
 
 @pytest.fixture(scope="module")
