@@ -150,7 +150,8 @@ def _parent(client, experiment_id: str, header: dict, folder: Path) -> str:
     with _locked(folder / "mlflow.lock"):
         run_id = _find(client, experiment_id, "workflow", workflow["id"])
         if run_id is None:
-            tags = {key: header["tags"][key] for key in ("experiment", "git_commit")} | {"workflow": workflow["id"]}
+            tags = {key: value for key, value in header["tags"].items() if "git" in key}
+            tags |= {"experiment": header["experiment"], "workflow": workflow["id"], "mlflow.source.name": "Snakefile"}
             run_id = client.create_run(experiment_id, header["start_ms"], tags, f"workflow {workflow['id']}").info.run_id
         _log_params(client, run_id, workflow["params"])  # again, where the connection was lost among them
         return run_id

@@ -112,6 +112,11 @@ class Run:
             event = {"kind": "model", "path": str(Path(folder).resolve()), "name": name, "description": description, "tags": tags}
             self._add(event)
 
+    def wait_until_sent(self, seconds: float = 60.0) -> None:
+        """Returns when MLflow has all that was logged, or after `seconds`."""
+        with self._wake:
+            self._wake.wait_for(lambda: not self._journal.unsent(), seconds)
+
     def close(self, status: str, patience_seconds: float) -> None:
         """Ends the run; what is not sent within the patience is kept for later."""
         with self._guarded():
@@ -158,6 +163,7 @@ class Run:
                     return
                 pause = RETRY_SECONDS
             with self._wake:
+                self._wake.notify_all()  # whoever waits until all is sent
                 if not self._closing and (pause or not journal.unsent()):
                     self._wake.wait_for(lambda pause=pause: self._closing or (not pause and journal.unsent()), pause)
 

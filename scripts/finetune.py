@@ -94,6 +94,7 @@ def main() -> None:
             if shown:
                 tracker.log_image(shown.pop(), "probe", row["update"])
 
+        track({"update": 0, **probe(0)})  # the pretrained model, beside which the others are looked at
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
         check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
         figures = {

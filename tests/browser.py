@@ -78,7 +78,7 @@ def open_browser(folder: Path) -> Iterator[Page]:
         pytest.skip("no Chromium; on Debian: apt-get install chromium")
     (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
     command = [program, *FLAGS, f"--user-data-dir={folder}/profile"]
-    shell = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh", *command]  # the pipe's ends must be 3 and 4
+    shell = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *command]  # the pipe's ends must be 3 and 4
     pipes = (to_read, to_write, from_read, from_write)
     with open(folder / "chromium.txt", "w") as log:
         process = subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(to_read, from_write))

@@ -223,6 +223,7 @@ def finetuned(server, results):
         params = {"experiment": "garments", "seed": 0, "finetune": {"gamma": gamma, "trainer": "backprop", "num_updates": 30}}
         tags = {"method": adapter.name, "gamma": gamma}
         with tracking.run(params, "garments", f"finetune {adapter.name}", tags, folder=results, patience_seconds=100) as run:
+            run.log_image(picture(0), "probe", 0)
             for step in range(1, 31):
                 run.log_metrics({"loss": 10 / step, "log_prob": -gamma / step, "kl_nats": step / gamma, "seconds": 2.3}, step)
                 if step % 10 == 0:
@@ -246,10 +247,17 @@ def page(server, finetuned, tmp_path_factory):
 
 @pytest.fixture
 def show(server, page):
-    """`show(route, texts, ready, name)`: what the page says when it is complete; a screenshot goes to the folder in $SCREENSHOTS."""
+    """What a page says when it says all `texts` and `ready` is true, and after the script and the texts of `then`.
 
-    def show(route: str, *texts: str, ready: str = "true", name: str) -> str:
+    A screenshot goes to the folder in $SCREENSHOTS.
+    """
+
+    def show(route: str, *texts: str, ready: str = "true", then: tuple = (), name: str) -> str:
         said = page.open(f"{server.uri}/#/{route}{'&' if '?' in route else '?'}workflowType=machine_learning", *texts, ready=ready)
+        page.evaluate("document.querySelector('[aria-label=Close]')?.click()")  # the assistant, which covers a third of the page
+        if then:
+            page.evaluate(then[0])
+            said = page.wait(*then[1:])
         if SCREENSHOTS:
             time.sleep(1)
             page.screenshot(SCREENSHOTS / f"{name}.png")
@@ -264,7 +272,10 @@ LINES = "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace path').
 def test_the_list_of_runs_has_the_workflow_with_its_runs_below(show, finetuned):
     experiment, runs = finetuned
     (workflow,) = (name for name in runs if name.startswith("workflow "))
-    show(f"experiments/{experiment}/runs", workflow, "finetune ctrl_gamma10", "tabulate", name="runs")
+    unfold = "document.querySelector('.ag-row [data-component-id*=runnamecellrenderer]').click()"
+    route = f"experiments/{experiment}/runs"
+    said = show(route, workflow[:15], f"{len(runs)} matching runs", then=(unfold, "finetune ctrl_g", "tabulate"), name="runs")
+    assert "job 7" in said
 
 
 def test_the_charts_of_a_run_are_drawn(show, finetuned):
@@ -273,11 +284,14 @@ def test_the_charts_of_a_run_are_drawn(show, finetuned):
     show(route, "kl_nats", "log_prob", "oracle_accuracy", ready=LINES.format(4), name="charts")
 
 
-def test_the_pictures_of_a_run_are_shown_by_step(show, finetuned):
+def test_the_pictures_of_a_run_are_shown_by_step(show, finetuned, page):
     experiment, runs = finetuned
     route = f"experiments/{experiment}/runs/{runs['finetune ctrl_gamma10']}/model-metrics"
-    loaded = "[...document.images].some(i => i.naturalWidth > 200 && i.src.includes('probe'))"
-    show(route, "probe", ready=loaded, name="images")
+    loaded = "[...document.images].some(i => i.naturalWidth >= 256 && i.src.startsWith('blob:'))"
+    slider = "document.querySelector('[role=slider]')"
+    show(route, "probe", ready=loaded, then=(f"{slider}.scrollIntoView({{block: 'end'}})", "probe"), name="images")
+    limits = f"[{slider}.ariaValueMin, {slider}.ariaValueNow, {slider}.ariaValueMax]"
+    assert page.evaluate(limits) == ["0", "0", "30"]
 
 
 def test_the_artefacts_of_a_run_are_listed(show, finetuned):
