@@ -53,7 +53,7 @@ def connect(journal: Journal, uri: str, folder: Path, again: bool):
         run_id = _find(client, experiment_id, "journal", header["id"]) if again else None
         if run_id is None:
             run_id = client.create_run(experiment_id, header["start_ms"], tags, header["name"]).info.run_id
-            _log_params(client, run_id, header["params"])
+        _log_params(client, run_id, header["params"])  # again, where the connection was lost among them
         journal.add(run_id=run_id)
     return client
 
@@ -80,7 +80,6 @@ def send(client, journal: Journal) -> None:
 def finish(client, journal: Journal) -> None:
     """Ends the run; the workflow's ends with the last of its runs."""
     status, end_ms = journal.end
-    _log_params(client, journal.run_id, journal.header["params"])  # all there; again where the connection was lost among them
     client.set_terminated(journal.run_id, status, end_ms)
     if parent := client.get_run(journal.run_id).data.tags.get("mlflow.parentRunId"):
         client.set_terminated(parent, status, end_ms)
