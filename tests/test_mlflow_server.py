@@ -306,7 +306,7 @@ def test_the_artefacts_of_a_run_are_listed(show, finetuned):
 def test_two_runs_compare_by_what_differs(show, finetuned):
     experiment, runs = finetuned
     chosen = [runs[f"finetune ctrl_gamma{gamma}"] for gamma in (3, 10)]
-    route = f"compare-runs?runs={json.dumps(chosen)}&experiments={json.dumps([experiment])}"
+    route = f"compare-runs?runs={json.dumps(chosen)}&experiments={json.dumps([str(experiment)])}"
     show(route.replace('"', "%22").replace(" ", ""), "finetune.gamma", "3.0", "10.0", name="compare")
 
 
