@@ -70,7 +70,7 @@ def project(finished_smoke, remote, tmp_path_factory):
     (project / "dvc.yaml").write_text(
         stages.replace("      - config/config.yaml:\n", "      - config/config.yaml:\n      - config/smoke.yaml:\n")
     )
-    must(project, "git", "init", "-q")
+    must(project, "git", "init", "-q", "--initial-branch", "master")
     must(project, "dvc", "remote", "add", "--default", "store", str(remote))
     must(project, "dvc", "commit", "--force", "--quiet")
     must(project, "git", "add", ".")
@@ -165,8 +165,8 @@ def test_experiments_over_gamma(project):
     assert {"finetune", "sample", "evaluate", "tabulate"} <= rules, said[-3000:]
     assert not {"unpack_images", "build_dataset", "train_classifier", "sample_pool", "tune", "sample_val"} & rules
     rows = list(csv.DictReader(io.StringIO(must(project, "dvc", "exp", "show", "--csv"))))
-    gammas = {row["Experiment"]: float(row["config/config.yaml:finetune.gamma"]) for row in rows}
-    assert gammas["gamma3"] == 3 and 10 in gammas.values(), gammas
+    gammas = {row["Experiment"] or row["rev"]: float(row["finetune.gamma"]) for row in rows}
+    assert gammas == {"workspace": 3, "master": 10, "gamma3": 3}
     assert all(row["results/smoke/metrics/ctrl.json:accuracy"] for row in rows if row["rev"] == "workspace")
     assert NOTHING in must(project, "dvc", "status")
     page = must(project, "dvc", "plots", "diff", "HEAD", "workspace", "--out", "dvc_plots")
