@@ -171,4 +171,4 @@ def test_experiments_over_gamma(project):
     assert NOTHING in must(project, "dvc", "status")
     page = must(project, "dvc", "plots", "diff", "HEAD", "workspace", "--out", "dvc_plots")
     text = (project / "dvc_plots" / "index.html").read_text()
-    assert "index.html" in page and "accuracy by method" in text and "teaser.png" in text
+    assert "index.html" in page and "accuracy by method" in text and "teaser_png" in text
