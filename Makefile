@@ -1,6 +1,7 @@
 # make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
 # make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the strength dial, the page on all methods
 # make doctor checks the pieces in RESULTS (a folder of results/ with classifier, cells.json, dataset), and what training on them takes
+# make pull   the recorded results, from DVC's remote, checked byte for byte (docs/dvc.md)
 # make ui     MLflow's pages on what the runs logged
 # make test   all tests;  make lint  style
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RESULTS := results/compressibility
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo paper doctor test lint ui format
+.PHONY: demo paper doctor pull test lint ui format
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ paper: $(VENV)/.installed
 doctor: $(VENV)/.installed
 	@python scripts/doctor.py --config $(RESULTS)/config.json --classifier $(RESULTS)/classifier --cells $(RESULTS)/cells.json \
 		--dataset $(RESULTS)/dataset
+
+pull: $(VENV)/.installed
+	@python scripts/restore.py
 
 ui: $(VENV)/.installed
 	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }

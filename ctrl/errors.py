@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 SECRET = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)  # in the name of an environment variable
-USERINFO = re.compile(r"(?<=://)[^/\s@]+@")  # of a URL: user:password@
+USERINFO = re.compile(r"(?<=://)[^/\s@]*@")  # of a URL: user:password@
 FULL_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory", "std::bad_alloc")
 
 

@@ -1,42 +1,28 @@
 """What a script did, sent to MLflow beside the work: it never raises into the work and never makes it wait for a server.
 
-Everything goes through a queue to one thread. What could not be sent by the end of the script is kept under `<folder>/mlflow-unsent/` and
-sent by the next script that finds the server again. Tables and figures are made from the files under results/, never from MLflow.
+Everything goes into a journal on disk, and from there to MLflow by one thread. What is not sent by the end of the script, because the
+server is away or the script was killed, is sent by the next script that finds the server, or by scripts/sync_mlflow.py. Tables and
+figures are made from the files under results/, never from MLflow.
 """
 
-import fcntl
-import importlib
+import hashlib
 import json
-import logging
-import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-import time
-import uuid
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from ctrl.errors import redact
+from ctrl import mlflow_client
+from ctrl.errors import USERINFO, redact
+from ctrl.journal import Journal, left_behind, now_ms
 
-MAX_BATCH = 500  # metrics a request
-MAX_PARAMS = 100  # parameters a request, MLflow's limit
-MAX_PARAM_LENGTH = 6000  # characters, MLflow's limit
 RETRY_SECONDS = 5.0  # pause after a failed request
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 @contextmanager
@@ -49,7 +35,7 @@ def run(
     folder: Path | str = "results",
     patience_seconds: float = 30.0,
 ) -> Iterator["Run"]:
-    """One MLflow run around the body of a `with`.
+    """One MLflow run around the body of a `with`, below the run of its workflow: the one of `<folder>/<experiment>/config.json`.
 
     Args:
         params: any nested dictionary, the configuration; logged under dotted keys.
@@ -60,9 +46,18 @@ def run(
         folder: where mlflow.db, mlruns/ and what is unsent are kept.
         patience_seconds: longest wait at the end for what is still on its way; 2 s where the server did not answer before.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(folder).resolve()}/mlflow.db"
+    folder = Path(folder).resolve()
+    uri = address(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder}/mlflow.db")
     tags = {"experiment": experiment, **({"seed": params["seed"]} if "seed" in params else {}), **(tags or {})}
-    current = Run(_Record(uri, experiment, name, dict(_flatten(params)), tags), Path(folder))
+    header = {
+        "uri": public(uri),
+        "experiment": experiment,
+        "name": name,
+        "params": dict(flatten(params)),
+        "tags": {**_source(), **{key: str(value) for key, value in tags.items()}},
+        "workflow": _workflow(folder / experiment / "config.json"),
+    }
+    current = Run(Journal.create(folder, header), uri, folder)
     status = "FINISHED"
     try:
         yield current
@@ -73,44 +68,23 @@ def run(
         current.close(status, patience_seconds)
 
 
-class _Record:
-    """All that MLflow is to be told about one run; `events` are what it does not know yet."""
-
-    def __init__(self, uri: str, experiment: str, name: str, params: dict, tags: dict):
-        self.uri, self.experiment, self.name, self.params = uri, experiment, name, params
-        self.tags = {key: str(value) for key, value in tags.items()}
-        self.start_ms, self.end_ms, self.status, self.run_id = _now_ms(), None, "RUNNING", None
-        self.events: deque[dict] = deque()
-
-    def dump(self) -> str:
-        return json.dumps({**vars(self), "uri": redact(self.uri), "events": list(self.events)})
-
-    @classmethod
-    def load(cls, text: str) -> "_Record":
-        record = cls.__new__(cls)
-        vars(record).update(json.loads(text))
-        record.events = deque(record.events)
-        return record
-
-
 class Run:
     """What the body of `run` logs to. Every method returns at once."""
 
-    def __init__(self, record: _Record, folder: Path):
-        self._record, self._folder = record, folder
-        self._unsent = folder / "mlflow-unsent" / uuid.uuid4().hex
-        self._wake, self._closing, self._gave_up, self._failed = threading.Condition(), False, False, False
+    def __init__(self, journal: Journal, uri: str, folder: Path):
+        self._journal, self._uri, self._folder = journal, uri, folder
+        self._wake, self._closing, self._gave_up, self._failed, self._done = threading.Condition(), False, False, False, False
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
-        try:
-            _import_mlflow(record.uri)
+        with self._guarded():
+            journal.open()
+        with self._guarded():
+            mlflow_client.import_mlflow(uri)  # in the main thread, so that no other import runs beside it
             self._thread.start()
-        except Exception as error:
-            self._warn(error)
 
     def log_metrics(self, metrics: dict, step: int = 0) -> None:
         """Numbers by name at a step (an update, an epoch); what is not a number is left out."""
-        values = {_key(k): float(v) for k, v in _flatten(metrics) if isinstance(v, Real) and not isinstance(v, bool)}
-        self._add({"kind": "metrics", "values": values, "step": int(step), "time_ms": _now_ms()})
+        values = {_key(k): float(v) for k, v in flatten(metrics) if isinstance(v, Real) and not isinstance(v, bool)}
+        self._add({"kind": "metrics", "values": values, "step": int(step), "time_ms": now_ms()})
 
     def log_artifact(self, path: Path | str) -> None:
         """A finished file or folder, copied to MLflow; it must not move before the run ends."""
@@ -118,49 +92,68 @@ class Run:
 
     def log_figure(self, figure, name: str) -> None:
         """A matplotlib figure as the artifact `name`, such as "curves.png"."""
-        try:
-            self._unsent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self._unsent / name)
-            self._add({"kind": "artifact", "path": str((self._unsent / name).resolve())})
-        except Exception as error:
-            self._warn(error)
+        with self._guarded():
+            self._add({"kind": "artifact", "path": str(self._save(name, figure.savefig))})
+
+    def log_image(self, image, name: str, step: int) -> None:
+        """A PIL image at a step: MLflow shows the steps of a name behind a slider."""
+        with self._guarded():
+            names = mlflow_client.image_names(name, step, now_ms())
+            self._add({"kind": "images", "paths": [str(self._save(file, image.save)) for file in names], "time_ms": now_ms()})
+
+    def register_model(self, folder: Path | str, name: str, description: str, tags: dict) -> None:
+        """A finished folder as a version of the model `name` in the registry; weights that are there already get the new description."""
+        with self._guarded():
+            digest = hashlib.sha256()
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                digest.update(file.read_bytes())
+            tags = {key: str(value) for key, value in tags.items()} | {"digest": digest.hexdigest()}
+            event = {"kind": "model", "path": str(Path(folder).resolve()), "name": name, "description": description, "tags": tags}
+            self._add(event)
+
+    def wait_until_sent(self, seconds: float = 60.0) -> None:
+        """Returns when MLflow has all that was logged, or after `seconds`."""
+        with self._wake:
+            self._wake.wait_for(lambda: not self._journal.unsent(), seconds)
 
     def close(self, status: str, patience_seconds: float) -> None:
-        """Ends the run; what is not sent within the patience is kept for the next one."""
-        record = self._record
+        """Ends the run; what is not sent within the patience is kept for later."""
+        with self._guarded():
+            self._journal.add(end=[status, max(now_ms(), self._journal.header["start_ms"])])  # clocks are set back at times
         with self._wake:
-            record.status, record.end_ms, self._closing = status, _end_ms(record), True
+            self._closing = True
             self._wake.notify_all()
         if self._thread.ident:
             self._thread.join(min(patience_seconds, 2.0) if self._failed else patience_seconds)
-        with self._wake:
-            self._gave_up = True
-            done = record.end_ms is None
-        try:
-            if not done:
-                self._unsent.mkdir(parents=True, exist_ok=True)
-                (self._unsent / "record.json").write_text(record.dump())
-                self._warn(f"{record.uri} did not answer in time")
-            elif self._unsent.exists():
-                shutil.rmtree(self._unsent)
-        except Exception as error:
-            self._warn(error)
+        self._gave_up = True
+        if not self._done:
+            self._warn(f"{self._journal.header['uri']} did not answer in time")
+            self._journal.close()
 
     def _add(self, event: dict) -> None:
+        with self._guarded():
+            self._journal.add(event=event)
         with self._wake:
-            self._record.events.append(event)
             self._wake.notify_all()
 
+    def _save(self, name: str, save) -> Path:
+        path = self._journal.path.with_name(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+        return path.resolve()
+
     def _send_all(self) -> None:
-        """The thread: sends what is queued until the run is closed and everything is out, or it gives up."""
-        client = None
+        """The thread: sends what is in the journal until the run is closed and everything is out, or it gives up."""
+        journal, client = self._journal, None
         while not self._gave_up:
             try:
-                client = client or _connect(self._record, self._folder)
-                _send(client, self._record)
-                if self._closing and not self._record.events:
-                    _finish(client, self._record)
-                    _send_unsent(client, self._record.uri, self._unsent.parent)
+                client = client or mlflow_client.connect(journal, self._uri, self._folder, again=self._failed)
+                mlflow_client.send(client, journal)
+                if self._closing and not journal.unsent():
+                    mlflow_client.finish(client, journal)
+                    self._done = True
+                    journal.remove()
+                    send_left_behind(self._folder, self._uri)
                     return
                 pause = None
             except Exception as error:
@@ -169,170 +162,105 @@ class Run:
                     return
                 pause = RETRY_SECONDS
             with self._wake:
-                if not self._closing and (pause or not self._record.events):
-                    self._wake.wait_for(lambda pause=pause: self._closing or (not pause and self._record.events), pause)
+                self._wake.notify_all()  # whoever waits until all is sent
+                if not self._closing and (pause or not journal.unsent()):
+                    self._wake.wait_for(lambda pause=pause: self._closing or (not pause and journal.unsent()), pause)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._warn(error)
 
     def _warn(self, error: object) -> None:
         """Once a run, on stderr."""
         if not self._failed:
             self._failed = True
-            text = redact(" ".join(str(error).split()))[:200]
-            print(f"warning: MLflow: {text}; the work goes on, what is unsent is kept in {self._unsent.parent}", file=sys.stderr)
+            kept = f"what is unsent is kept in {self._journal.path.parent.parent}" if self._journal.on_disk else "nothing of this is kept"
+            print(f"warning: MLflow: {scrub(error)}; the work goes on, {kept}", file=sys.stderr)
 
 
-def _import_mlflow(uri: str) -> None:
-    """In the main thread, so that no other import runs beside it."""
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    importlib.import_module("mlflow.tracking")
-    if uri.startswith("sqlite:"):
-        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+def send_left_behind(folder: Path, server: str | None = None, others: bool = False, to: str | None = None) -> list[tuple[dict, str | None]]:
+    """Sends what earlier runs left in `folder`: what was meant for `server`, with `others` also the rest; or all of it `to` another server.
 
-
-def _connect(record: _Record, folder: Path):
-    """An MlflowClient on which `record` has a run."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    database = Path(record.uri.removeprefix("sqlite:///")) if record.uri.startswith("sqlite:///") else None
-    if database:
-        _create_database(database)
-    client = MlflowClient(record.uri)
-    found = client.get_experiment_by_name(record.experiment)
-    location = (database.parent / "mlruns" / record.experiment).absolute().as_uri() if database else None
-    try:
-        experiment_id = found.experiment_id if found else client.create_experiment(record.experiment, artifact_location=location)
-    except MlflowException:  # another process was faster
-        experiment_id = client.get_experiment_by_name(record.experiment).experiment_id
-    if record.run_id is None:
-        commit = _git_commit()
-        source = {
-            "mlflow.source.name": sys.argv[0],
-            "mlflow.source.type": "LOCAL",
-            "mlflow.source.git.commit": commit.removesuffix("-dirty"),
-        }
-        tags = {**source, "git_commit": commit, **record.tags}
-        record.run_id = client.create_run(experiment_id, start_time=record.start_ms, tags=tags, run_name=record.name).info.run_id
-    return client
-
-
-def _create_database(database: Path) -> None:
-    """A complete sqlite file, or none: made under another name by one process at a time (two at once leave half a schema)."""
-    if database.exists():
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not database.exists():
-            temporary = database.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            SqlAlchemyStore(f"sqlite:///{temporary.resolve()}", (database.parent / "mlruns").absolute().as_uri()).engine.dispose()
-            os.replace(temporary, database)
-
-
-def _send(client, record: _Record) -> None:
-    """Sends parameters and events, dropping each from the record once MLflow has it."""
-    from mlflow.entities import Metric, Param
-
-    items = list(record.params.items())
-    for start in range(0, len(items), MAX_PARAMS):
-        chunk = dict(items[start : start + MAX_PARAMS])
-        client.log_batch(record.run_id, params=[Param(key, _text(value)) for key, value in chunk.items()])
-        record.params = {key: value for key, value in record.params.items() if key not in chunk}
-    while record.events:
-        events, metrics = [], []
-        for event in list(record.events):
-            if event["kind"] != "metrics" or len(metrics) + len(event["values"]) > MAX_BATCH:
-                break
-            events.append(event)
-            metrics += [Metric(key, value, event["time_ms"], event["step"]) for key, value in event["values"].items()]
-        if events:
-            client.log_batch(record.run_id, metrics=metrics)
-        else:
-            events = [record.events[0]]
-            _send_one(client, record.run_id, events[0])
-        for _ in events:
-            record.events.popleft()
-
-
-def _send_one(client, run_id: str, event: dict) -> None:
-    """An artifact, or more metrics in one event than a batch holds."""
-    from mlflow.entities import Metric
-
-    if event["kind"] == "metrics":
-        metrics = [Metric(key, value, event["time_ms"], event["step"]) for key, value in event["values"].items()]
-        for start in range(0, len(metrics), MAX_BATCH):
-            client.log_batch(run_id, metrics=metrics[start : start + MAX_BATCH])
-    elif Path(event["path"]).is_dir():
-        client.log_artifacts(run_id, event["path"], Path(event["path"]).name)
-    elif Path(event["path"]).exists():
-        client.log_artifact(run_id, event["path"])
-
-
-def _finish(client, record: _Record) -> None:
-    client.set_terminated(record.run_id, record.status, record.end_ms)
-    record.end_ms = None
-
-
-def _send_unsent(client, uri: str, folder: Path) -> None:
-    """What earlier runs could not send to the same server. Renaming a record claims it, so that no two processes send it."""
-    for path in sorted(folder.glob("*/record.json")):
-        claimed = path.with_name("record.claimed")
+    Returns the header of each journal, with None where MLflow now has all of it, else the reason.
+    """
+    results = []
+    for journal in left_behind(folder):
+        meant_for = journal.header["uri"]
+        known = bool(server) and public(server) == meant_for
+        target = to or (server if known else meant_for)
         try:
-            record = _Record.load(path.read_text())
-            if record.uri != redact(uri):
+            if not (known or others or to):
                 continue
-            record.uri = uri  # with the password, which is kept nowhere
-            path.rename(claimed)
-        except FileNotFoundError:  # another process has it
-            continue
-        try:
-            _connect(record, folder.parent)
-            _send(client, record)
-            _finish(client, record)
-        except Exception:
-            claimed.write_text(record.dump())
-            claimed.rename(path)
-            raise
-        shutil.rmtree(path.parent)
+            if public(target) != meant_for:  # what one server has says nothing about another
+                journal.num_sent, journal.run_id = 0, None
+            mlflow_client.import_mlflow(target)
+            client = mlflow_client.connect(journal, target, folder, again=True)
+            mlflow_client.send(client, journal)
+            mlflow_client.finish(client, journal)
+            journal.remove()
+            results.append((journal.header, None))
+        except Exception as error:
+            results.append((journal.header, scrub(error)))
+            if not (others or to):  # a script that has done its work does not wait for more
+                break
+        finally:
+            journal.close()
+    return results
 
 
-def _git_commit() -> str:
-    """The commit of the working folder, with "-dirty" behind it if files differ; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+def address(uri: str) -> str:
+    """The address of a server without user and password, which go where MLflow looks for them; that of a database as it is."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.username:
+        return uri
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(parts.username))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(parts.password or ""))
+    return public(uri)
 
 
-def _flatten(nested: dict, parent: str = "") -> Iterator[tuple[str, object]]:
+def public(uri: str) -> str:
+    """An address that may be written down: without user and password."""
+    return USERINFO.sub("", uri)
+
+
+def scrub(error: object) -> str:
+    """An error in one line, without secrets."""
+    return redact(" ".join(str(error).split()))[:300]
+
+
+def flatten(nested: dict, parent: str = "") -> Iterator[tuple[str, object]]:
     """(dotted key, value) of a nested dictionary."""
     for key, value in nested.items():
         name = f"{parent}.{key}" if parent else str(key)
         if isinstance(value, dict):
-            yield from _flatten(value, name)
+            yield from flatten(value, name)
         else:
             yield name, value
+
+
+def _workflow(path: Path) -> dict | None:
+    """The workflow that a run belongs to: the complete configuration in `path`, and a short name that follows from it."""
+    try:
+        text = path.read_text()
+        return {"id": hashlib.sha256(text.encode()).hexdigest()[:12], "params": dict(flatten(json.loads(text)))}
+    except (OSError, ValueError):
+        return None
+
+
+def _source() -> dict[str, str]:
+    """Script and commit, "-dirty" behind it if files differ; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    source = {"mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
+    return {**source, "mlflow.source.git.commit": commit.removesuffix("-dirty"), "git_commit": commit}
 
 
 def _key(name: str) -> str:
     """A name that MLflow accepts."""
     return re.sub(r"[^\w\-. /:]", "_", name)[:250]
-
-
-def _text(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
-
-
-def _end_ms(record: _Record) -> int:
-    """Now, but not before the run's start, where the clock was set back."""
-    return max(_now_ms(), record.start_ms)
-
-
-def _now_ms() -> int:
-    return math.floor(time.time() * 1000)

@@ -27,7 +27,7 @@ from ctrl.tracking import run
 from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base, load_oracle, new_control
-from scripts.training import check_labels, contents, distance_function, join_processes, learned_from
+from scripts.training import check_labels, contact_sheet, contents, distance_function, join_processes, learned_from
 
 
 def parse() -> argparse.Namespace:
@@ -80,7 +80,10 @@ def main() -> None:
     oracle, distance = load_oracle(args.dataset), distance_function(args, config)
     log_prob, examples, files = learned_from(base, space, settings["trainer"], args)
 
+    shown = []  # the probe's latest pictures
+
     def score(images: torch.Tensor, subjects: list[str], labels: torch.Tensor) -> dict[str, float]:
+        shown[:] = [contact_sheet(images, labels)]
         measured = torch.as_tensor(oracle(images))
         error = {"oracle_mae": (measured - labels).abs().mean().item()} if isinstance(space, Continuous) else {}
         return {"oracle_accuracy": float(space.agrees(labels, measured).double().mean()), **error} | distance(images, subjects, labels)
@@ -98,7 +101,10 @@ def main() -> None:
 
         def track(row: dict) -> None:
             tracker.log_metrics({key: value for key, value in row.items() if key != "update"}, row["update"])
+            if shown:
+                tracker.log_image(shown.pop(), "probe", row["update"])
 
+        track({"update": 0, **probe(0)})  # the pretrained model, beside which the others are looked at
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
         if distributed.is_initialized():
             distributed.destroy_process_group()

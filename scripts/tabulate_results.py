@@ -14,6 +14,9 @@ def main() -> None:
     add_config_argument(parser)
     parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="what each method is; gives the rows' order")
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="JSON files of scripts/evaluate.py, one a method")
+    parser.add_argument(
+        "--adapters", type=Path, nargs="*", default=[], help="folders of adapters; MLflow's model registry takes each, with the table"
+    )
     parser.add_argument("--output-csv", type=Path, required=True, help="every figure, with its interval in <metric>_lo and <metric>_hi")
     parser.add_argument("--output-md", type=Path, required=True, help="the main figures, as a Markdown table")
     parser.add_argument("--output-tex", type=Path, required=True, help="the main figures, as a LaTeX tabular (booktabs)")
@@ -27,6 +30,11 @@ def main() -> None:
         write_text(args.output_tex, tables.to_latex(table))
         for path in (args.output_csv, args.output_md, args.output_tex):
             log.log_artifact(path)
+        for folder in args.adapters:
+            tags = {"gamma": read_json(folder / "adapter.json")["gamma"], "experiment": config["experiment"]}
+            values = {row["method"]: row for row in table.to_dict("records")}.get(folder.name, {})
+            tags |= {key: f"{values[key]:.3f}" for key in ("accuracy", "kid_rejection", "kl_nats") if key in values}
+            log.register_model(folder, f"{config['experiment']}-{folder.name}", args.output_md.read_text(), tags)
     print(args.output_md.read_text(), end="")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from ctrl import classifier as classifiers
 from ctrl import errors, evaluation, features
@@ -17,6 +18,7 @@ from ctrl.finetune import parallel
 from ctrl.finetune.recipe import Examples, LogProb
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Continuous, Factors, factors_of
+from ctrl.oracles import to_pil
 from scripts.loading import reward_of_latents
 
 
@@ -76,3 +78,16 @@ def check_labels(args: argparse.Namespace, space: Factors | Continuous, cells: l
         space.check([y for _, limits in cells for y in limits])
     elif wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
+
+
+def contact_sheet(images: torch.Tensor, labels: torch.Tensor, columns: int = 8, size: int = 96) -> Image.Image:
+    """Images in [-1, 1], (B, 3, H, W), as one picture: a row a label, up to `columns`; with a continuous label all, in ascending order."""
+    order = labels.argsort(stable=True)
+    rows = list(order.split(columns))
+    if not labels.is_floating_point():
+        rows = [order[labels[order] == label][:columns] for label in labels.unique()]
+    sheet = Image.new("RGB", (columns * size, len(rows) * size), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(to_pil(images[row])):
+            sheet.paste(picture.resize((size, size), Image.Resampling.NEAREST if picture.width < size else None), (x * size, y * size))
+    return sheet

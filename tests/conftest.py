@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.repository import copy_repository, snakemake
+
 torch.set_num_threads(2)
 
 SUBJECTS = ["coat", "bag"]
@@ -72,17 +74,6 @@ def trained(real):
     return *fit(images, scores, labels, splits, description, settings, seed=0), labels
 
 
-@pytest.fixture(scope="session")
-def smoke_repository(tmp_path_factory):
-    """A checkout in which config/smoke.yaml ran from end to end."""
-    from tests.repository import copy_repository, snakemake
-
-    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
-    done = snakemake(repository, "all", "--cores", "2", "--configfile", "config/smoke.yaml", timeout=900)
-    assert done.returncode == 0, done.stdout[-5000:]
-    return repository
-
-
 @pytest.fixture
 def tiny_clip(tmp_path) -> str:
     """A CLIP of 32 pixels and one layer, known to open_clip by this name."""
@@ -93,3 +84,12 @@ def tiny_clip(tmp_path) -> str:
     (tmp_path / "tiny-clip.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": tower, "text_cfg": text}))
     open_clip.add_model_config(tmp_path / "tiny-clip.json")
     return "tiny-clip"
+
+
+@pytest.fixture(scope="session")
+def finished_smoke(tmp_path_factory):
+    """A copy of the repository in which config/smoke.yaml has run, as results/smoke. Tests may add results, but change none."""
+    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
+    done = snakemake(repository, "all", "--cores", "2", "--configfile", "config/smoke.yaml", timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return repository

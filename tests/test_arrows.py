@@ -11,7 +11,7 @@ LEAVES = ["process", "labels", "oracles", "metrics", "io"]
 ONLY = {  # package: the modules of ctrl that may import it
     "diffusers": {"base", "pretrain", "control", "pipeline"},
     "peft": {"control"},
-    "mlflow": {"tracking"},
+    "mlflow": {"mlflow_client"},
     "snakemake": set(),
     "dvc": set(),
     "yaml": set(),

@@ -205,8 +205,11 @@ def test_a_clock_that_goes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", back)
     _, history = train(tmp_path / "run")
     assert all(0 <= row["seconds"] < 60 for row in history)
-    record = tracking._Record("http://127.0.0.1:9", "e", "n", {}, {})
-    assert tracking._end_ms(record) >= record.start_ms
+    with tracking.run({}, "e", "n", tracking_uri="http://127.0.0.1:9", folder=tmp_path, patience_seconds=0):
+        pass
+    (journal,) = tmp_path.glob("mlflow-unsent/*/journal.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert next(line["end"][1] for line in lines if "end" in line) >= lines[0]["header"]["start_ms"]
 
 
 CUT = {

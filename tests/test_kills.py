@@ -13,13 +13,13 @@ TARGET = "results/smoke/samples/ctrl/samples.parquet"
 
 
 @pytest.mark.slow
-def test_a_workflow_that_is_killed_ends_with_the_same_results(smoke_repository, tmp_path):
+def test_a_workflow_that_is_killed_ends_with_the_same_results(finished_smoke, tmp_path):
     repository = copy_repository(tmp_path / "repository")
     disturb(repository, NUM_KILLS, 12, random.Random(1), TARGET)
     made = contents(repository)
     assert {TARGET, "results/smoke/adapters/ctrl/pytorch_lora_weights.safetensors", "results/smoke/cells.json"} <= made.keys()
     assert len(made) > 10_000, "every picture"
-    assert [name for name in differences(smoke_repository, repository) if name in made] == []
+    assert [name for name in differences(finished_smoke, repository) if name in made] == []
     left = [path.name for path in (repository / "results" / "smoke").rglob(".*")]
     assert left == [], "nothing half written lies about"
 

@@ -49,8 +49,8 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def repository(smoke_repository):
-    return smoke_repository
+def repository(finished_smoke):
+    return finished_smoke
 
 
 @pytest.fixture(scope="module")

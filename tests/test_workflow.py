@@ -23,9 +23,10 @@ DEMO = {
     "plot_figures": 1,
     "all": 1,
 }
+LOGGING = ("journal", "mlflow_client", "tracking")
 INFRASTRUCTURE = {
     "scripts/common.py",
-    *(f"ctrl/{name}.py" for name in ("config", "errors", "folders", "io", "names", "tracking", "__init__")),
+    *(f"ctrl/{name}.py" for name in ("config", "errors", "folders", "io", "names", "__init__", *LOGGING)),
 }
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
 EXEMPT = {  # imported, but without a say in the result of these rules

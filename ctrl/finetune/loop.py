@@ -6,6 +6,7 @@ all of them hold the same weights, and the first one alone writes.
 Everything random in update `u` must follow from `u` alone; then the weights, the optimizer's state and `u` are all that a checkpoint needs.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -103,6 +104,8 @@ def run(
     checkpoint = folder / "checkpoints" / CHECKPOINT
     rates = [group["lr"] for group in optimizer.param_groups]
     done, history = load_checkpoint(checkpoint, named, optimizer, settings)
+    for row, function in itertools.product(history, on_row):  # whoever listens hears of all updates, whichever process made them
+        function(row)
     bar = tqdm(initial=done, total=num_updates, desc="fine-tuning", mininterval=2, disable=not is_main())
     with bar, termination() as terminated:
         for update in range(done, num_updates):

@@ -14,6 +14,9 @@ rule tabulate:
         evaluations=lambda wildcards: expand(
             "results/{experiment}/evaluation/{method}.json", experiment=wildcards.experiment, method=methods(wildcards.table)
         ),
+        adapters=lambda wildcards: expand(
+            "results/{experiment}/adapters/{adapter}/adapter.json", experiment=wildcards.experiment, adapter=adapters(wildcards.table)
+        ),
     output:
         csv=report(
             "results/{experiment}/tables/{table}.csv",
@@ -30,12 +33,14 @@ rule tabulate:
         runtime=5,
     params:
         config="results/{experiment}/config.json",
+        adapters=lambda wildcards: [f"{RESULTS}/adapters/{name}" for name in adapters(wildcards.table)],
     shell:
         """
         python scripts/tabulate_results.py \
             --config {params.config:q} \
             --methods {input.methods:q} \
             --evaluations {input.evaluations:q} \
+            --adapters {params.adapters:q} \
             --output-csv {output.csv:q} \
             --output-md {output.md:q} \
             --output-tex {output.tex:q} 2>&1 | tee {log:q}
