@@ -1,6 +1,7 @@
 # make demo   everything from a fresh clone: images, classifier, adapter, table, pictures, report
 # make paper  the long run, behind an estimate of its time: further rows, the sweep of gamma, the strength dial, the page on all methods
 # make doctor checks the pieces in RESULTS (a folder of results/ with classifier, cells.json, dataset), and what training on them takes
+# make play   a page in the browser to play with the adapter in RESULTS: prompt, label, strength, seed
 # make ui     MLflow's pages on what the runs logged
 # make test   all tests;  make lint  style
 PYTHON ?= python3
@@ -9,16 +10,24 @@ PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 RESULTS := results/compressibility
+PLAY := $(VENV)/play
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo paper doctor test lint ui format
+.PHONY: demo paper doctor play test lint ui format
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another by make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# On top of $(VENV), whose packages it sees: what gradio needs, some of it in other versions.
+$(PLAY)/.installed: $(VENV)/.installed constraints-play.txt
+	$(BIN)/python -m venv $(PLAY)
+	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(PLAY)/lib/python3*/site-packages)/below.pth
+	$(PLAY)/bin/python -m pip install --quiet -c constraints-play.txt gradio
 	touch $@
 
 demo: $(VENV)/.installed
@@ -48,13 +57,17 @@ doctor: $(VENV)/.installed
 	@python scripts/doctor.py --config $(RESULTS)/config.json --classifier $(RESULTS)/classifier --cells $(RESULTS)/cells.json \
 		--dataset $(RESULTS)/dataset
 
+play: PORT = 7860
+play: $(PLAY)/.installed
+	@$(PLAY)/bin/python -m scripts.play --adapter $(RESULTS)/adapters/ctrl --port $(PORT)
+
 ui: $(VENV)/.installed
 	@test -f results/mlflow.db || { echo "error: results/mlflow.db is missing; make demo logs the first runs" >&2; exit 1; }
 	@echo "http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui \
 		--backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(PLAY)/.installed
 	python -m pytest -q -m "not slow"
 	python -m pytest -q -m slow
 
