@@ -20,13 +20,13 @@ try:
 except ImportError:
     gr = None
 
+ADAPTER = Path("results/compressibility/adapters/ctrl")
 ANY = -1  # the choice that leaves a factor free
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    adapter = Path("results/compressibility/adapters/ctrl")
-    parser.add_argument("--adapter", type=Path, default=adapter, help="folder of the trained adapter (default: %(default)s)")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of the trained adapter (default: %(default)s)")
     parser.add_argument("--base", help="diffusers folder or name on the hub (default: the one the adapter was made for)")
     parser.add_argument("--dataset", type=Path, help="folder with report.json, the labels' bins (default: the experiment's)")
     parser.add_argument("--cells", type=Path, help="cells.json: which labels a subject can take (default: the experiment's)")
@@ -45,10 +45,10 @@ def parse() -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> dict:
     """The pipeline, and what the page says about its labels and prompts."""
+    if not (args.adapter / "adapter.json").is_file():
+        raise errors.UserError(f"there is no adapter in {args.adapter}: `make demo` trains {ADAPTER}; or name another by --adapter")
     if gr is None:
         raise errors.UserError("gradio is not installed: `make play` installs it")
-    if not (args.adapter / "adapter.json").is_file():
-        raise errors.UserError(f"there is no adapter in {args.adapter}: `make demo` trains one there, or name another by --adapter")
     described, report = read_json(args.adapter / "adapter.json"), read_json(args.dataset / "report.json")
     play.check_agree(described, report, str(args.dataset / "report.json"))
     torch.set_num_threads(args.num_threads)
@@ -65,7 +65,7 @@ def load(args: argparse.Namespace) -> dict:
 def label_controls(report: dict, asked: list[play.Label], info: str | None) -> list:
     """A control for each factor, set to what is `asked`: the names of its labels, or a number."""
     if report.get("kind") == "continuous":
-        return [gr.Number(asked[0], label=oracle_name(report), info=info)]
+        return [gr.Number(asked[0], label=oracle_name(report), info=info, elem_id="label")]
     factors = factors_of(report)
     free = [("any", ANY)] if len(factors) > 1 else []
     names = [[(label_name(factor, y), y) for y in range(factor["num_classes"])] + free for factor in factors]
@@ -98,15 +98,15 @@ def page(pieces: dict) -> "gr.Blocks":
         gr.Markdown(pieces["about"])
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                prompt = gr.Textbox(first, label="Prompt", max_length=play.MAX_PROMPT)
+                prompt = gr.Textbox(first, label="Prompt", max_length=play.MAX_PROMPT, elem_id="prompt")
                 gr.Examples([[prompts["templates"]["train"][0].format(s)] for s in prompts["subjects"]], prompt, label="Subjects")
                 continuous = report.get("kind") == "continuous"
                 label = label_controls(report, asked, play.range_hint(first, prompts, report, cells) if continuous else None)
-                strength = gr.Slider(0, 2, 1, step=0.1, label="Strength", info="0: pretrained, 1: as trained")
+                strength = gr.Slider(0, 2, 1, step=0.1, label="Strength", info="0: pretrained, 1: as trained", elem_id="strength")
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", min_width=100)
-                    num = gr.Number(4, label=f"Images (1 to {play.MAX_IMAGES})", min_width=100)
-                button = gr.Button("Draw", variant="primary")
+                    seed = gr.Number(0, label="Seed", min_width=100, elem_id="seed")
+                    num = gr.Number(4, label=f"Images (1 to {play.MAX_IMAGES})", min_width=100, elem_id="num")
+                button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3, min_width=300):
                 shown = gr.HTML(elem_id="results", js_on_load=None)
         if continuous:

@@ -62,7 +62,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30):
+    def wait(self, script: str, seconds: float = 90):
         """The value of an expression, as soon as it is true."""
         end = time.monotonic() + seconds
         while not (value := self.run(script)):

@@ -1,14 +1,12 @@
 """The page to play with: what is drawn, what is said of it, and the page itself in a browser."""
 
+import argparse
 import base64
 import io
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
-import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,6 +17,7 @@ import ctrl
 from ctrl import play, play_page
 from ctrl.errors import UserError
 from ctrl.oracles import brightness, jpeg_size_kb
+from scripts import play as script
 from tests import browser, playground
 from tests.playground import BOTH, LIGHT, NUMBER, PROMPTS, SIZE
 from tests.repository import ROOT
@@ -51,9 +50,10 @@ def test_the_same_noise_with_and_without_the_label(tiny_sd, sized):
 
 
 @pytest.mark.parametrize(("wrong", "line"), [
-    ({"prompt": " "}, "prompt is empty"), ({"prompt": "a" * 1001}, "at most 1000"), ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"),
-    ({"seed": None}, "seed is None"), ({"num": 0}, "number of images is 0"), ({"num": 9}, "from 1 to 8"), ({"asked": [2]}, "label is"),
-    ({"strength": -1}, "strength is -1"), ({"strength": None}, "strength is None"), ({"seed": float("nan")}, "seed is nan"),
+    ({"prompt": " "}, "prompt is empty"), ({"prompt": "a" * 1001}, "at most 1000"), ({"seed": -1}, "seed is -1"),
+    ({"seed": 0.5}, "seed is 0.5"), ({"seed": None}, "seed is None"), ({"seed": float("nan")}, "seed is nan"),
+    ({"num": 0}, "number of images is 0"), ({"num": 9}, "from 1 to 8"), ({"asked": [2]}, "label is"),
+    ({"strength": -1}, "strength is -1"), ({"strength": None}, "strength is None"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_one_line(tiny_sd, sized, wrong, line):
     asked = {"prompt": "coat", "asked": [0], "strength": 1.0, "seed": 0, "num": 1}
@@ -149,90 +149,194 @@ def test_totals_count_images_that_are_all_that_was_asked_for():
     assert ">–<" in play_page.total_html("with the label", "in the label's bin", [[free]])
 
 
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def start(adapter, port: int) -> subprocess.Popen:
+    command = [PYTHON, "-m", "scripts.play", "--adapter", adapter, "--port", str(port), "--num-threads", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start(adapter, *arguments: str) -> tuple[subprocess.Popen, str]:
-    """A server on a free port, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PYTHON, "-m", "scripts.play", "--adapter", adapter, "--port", str(port), "--num-threads", "1", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return process, f"http://127.0.0.1:{port}/"
-
-
-needs_gradio = pytest.mark.skipif(not PYTHON.exists(), reason="gradio is not installed: `make play` and `make test` install it")
-needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium on this machine")
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def pages(tiny_sd, sized, tmp_path_factory):
-    """Addresses of three pages, by kind of label: all start at once."""
+    """Addresses of three pages, by kind of label, and what one said whose port was taken: all start at once."""
+    if not PYTHON.exists():
+        pytest.skip("gradio is not installed: `make play` and `make test` install it")
+    if browser.CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine")
     folder = tmp_path_factory.mktemp("pages")
-    cells = {"cells": [["coat", y] for y in range(4)], "free": []}
     adapters = {
         "size": sized[0],
-        "both": playground.build(folder / "both", tiny_sd, BOTH, cells),
+        "both": playground.build(folder / "both", tiny_sd, BOTH, {"cells": [["coat", y] for y in range(4)], "free": [["coat", 5]]}),
         "number": playground.build(folder / "number", tiny_sd, NUMBER, {"ranges": {"coat": [0.75, 0.85]}}),
     }
-    started = {kind: start(adapter) for kind, adapter in adapters.items()}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {kind: free_port() for kind in adapters} | {"taken": taken.getsockname()[1]}
+        servers = {kind: start(adapters.get(kind, sized[0]), port) for kind, port in ports.items()}
+        said = servers.pop("taken").communicate()[1]
     try:
-        for process, url in started.values():
-            assert url in process.stdout.readline(), "the address is the first line"
-        yield {kind: url for kind, (_, url) in started.items()}
+        for kind, server in servers.items():
+            line = server.stdout.readline()
+            assert line.startswith(f"http://127.0.0.1:{ports[kind]}/"), server.communicate()[1]
+        yield {kind: f"http://127.0.0.1:{ports[kind]}/" for kind in adapters} | {"taken": said}
     finally:
-        for process, _ in started.values():
-            process.terminate()
-            process.wait(20)
+        for server in servers.values():
+            server.terminate()
+            server.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+def chromium(pages, tmp_path_factory):
     page = browser.Browser(tmp_path_factory.mktemp("profile"))
     page.resize(1280, 860)
     yield page
     page.close()
 
 
-def shown(page) -> list[tuple[str, np.ndarray, list[tuple[str, str, str]]]]:
-    """Of each image on the page: its name, its pixels, and score, verdict and colour of what is said of it."""
-    script = """[...document.querySelectorAll('#results .play-side')].map(side => [
-        side.querySelector('.play-name').innerText, side.querySelector('img').src,
-        [...side.querySelectorAll('.play-reading')].map(r => [r.querySelector('b').innerText, r.querySelector('.play-verdict')?.innerText ?? '',
-            r.querySelector('.play-verdict')?.className.replace('play-verdict', '').trim() ?? ''])])"""
-    decode = lambda src: np.asarray(Image.open(io.BytesIO(base64.b64decode(src.removeprefix("data:image/png;base64,")))))  # noqa: E731
-    return [(name, decode(src), [tuple(r) for r in readings]) for name, src, readings in page.run(script)]
+READINGS = """[...document.querySelectorAll('#results .play-side')].map(side => [
+    side.querySelector('img').src, [...side.querySelectorAll('.play-reading')].map(reading => [
+        reading.querySelector('b').innerText, reading.querySelector('.play-verdict')?.className.replace('play-verdict', '').trim()])])"""
+LINES = "#results .play-line, #results .play-error"
 
 
-def draw(page) -> list:
-    """Presses the button and returns what is shown then."""
-    page.run("document.querySelector('#results .prose, #results > div').firstElementChild?.setAttribute('data-old', '')")
-    page.click("button.primary")
-    page.wait(
-        "!document.querySelector('#results [data-old]') && document.querySelectorAll('#results .play-line, #results .play-error').length"
-    )
+def shown(page) -> tuple[list, list]:
+    """Images of the pretrained model, and with the label: each a picture and the (score, colour) of each factor."""
+    sides = [
+        (Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))), [tuple(reading) for reading in readings])
+        for source, readings in page.run(READINGS)
+    ]
+    return sides[::2], sides[1::2]
+
+
+def draw(page) -> tuple[list, list]:
+    """Presses the button and returns what is shown as soon as it is something else."""
+    page.run(f"document.querySelectorAll('{LINES}').forEach(line => line.dataset.old = 1)")
+    page.click("#draw")
+    page.wait(f"[...document.querySelectorAll('{LINES}')].some(line => !line.dataset.old)")
     return shown(page)
 
 
-def option(page, text: str) -> None:
-    """Clicks the radio button with that text."""
-    page.wait(f"[...document.querySelectorAll('label')].some(l => l.innerText.trim() === {json.dumps(text)})")
-    page.run(f"[...document.querySelectorAll('label')].find(l => l.innerText.trim() === {json.dumps(text)}).id = 'chosen'")
+def open_page(page, url: str) -> tuple[list, list]:
+    """It draws as soon as it is open."""
+    page.requests.clear()
+    page.open(url)
+    page.wait(f"location.href === '{url}' && document.querySelectorAll('#results .play-side img').length")
+    return shown(page)
+
+
+def choose(page, text: str, number: int = 0) -> None:
+    """Clicks the radio button of that text, the `number`-th if there are several."""
+    buttons = f"[...document.querySelectorAll('label:has(input[type=radio])')].filter(l => l.innerText.trim() === {json.dumps(text)})"
+    page.wait(f"{buttons}.length > {number}")
+    page.run(f"{buttons}[{number}].id = 'chosen'")
     page.click("#chosen")
-    page.run("document.querySelector('#chosen').id = ''")
+    page.run("document.querySelector('#chosen').removeAttribute('id')")
 
 
-def field(label: str) -> str:
-    return f"input[aria-label^={json.dumps(label)}], textarea[aria-label^={json.dumps(label)}]"
+def near(pictures, images) -> bool:
+    """The same to one grey level: this process computes with other threads than the server."""
+    return np.abs(stack([picture for picture, _ in pictures]).astype(int) - stack(images)).max() <= 1
+
+
+def check_sizes(sides, edge: float, asked: int) -> None:
+    """What the page says is what the oracle says of the image that it shows."""
+    for picture, ((score, colour),) in [*sides[0], *sides[1]]:
+        size = jpeg_size_kb(picture)
+        assert score == f"{size:.3f} kB" and colour == ("met" if (size >= edge) == (asked == 0) else "missed")
 
 
 @pytest.mark.slow
-@needs_gradio
-@needs_chromium
-def test_the_page_in_a_browser(pages, chromium, tiny_sd, sized):
-    page, (adapter, seed) = chromium, sized
-    page.open(pages["size"])
-    page.wait("document.querySelectorAll('#results img').length === 8")  # it draws when it is opened
-    print(page.run("document.body.innerHTML"))
+def test_the_label_is_set_and_measured(pages, chromium, tiny_sd, sized):
+    (adapter, seed), pipe = sized, ctrl.load(tiny_sd, sized[0])
+    edge = json.loads((adapter.parent.parent / "dataset" / "report.json").read_text())["edges"][0]
+    pretrained, controlled = open_page(chromium, pages["size"])
+    check_sizes((pretrained, controlled), edge, 1)
+    assert near(pretrained, pipe(["coat"] * 4, label=None, seed=0).images)
+    assert near(controlled, pipe(["coat"] * 4, label=[1] * 4, seed=0).images)
+    chromium.type("#seed input", str(seed))
+    chromium.type("#num input", "1")
+    for asked, name in ((0, f"≥ {edge:.4g} kB"), (1, f"< {edge:.4g} kB")):
+        choose(chromium, name)
+        sides = draw(chromium)
+        check_sizes(sides, edge, asked)
+        assert [colour for _, ((_, colour),) in sides[1]] == ["met"], "the size is in the label's bin"
+    chromium.type("#strength input[type=number]", "0")
+    (pretrained,), (controlled,) = draw(chromium)
+    assert pretrained == controlled
+
+
+@pytest.mark.slow
+def test_the_page_takes_any_prompt(pages, chromium):
+    open_page(chromium, pages["size"])
+    evil = "<img src=x onerror='window.ran = 1'> ${1 + 1} {{value}} <script>window.ran = 1</script>"
+    chromium.type("#prompt textarea", evil)
+    draw(chromium)
+    text = chromium.run("document.querySelector('#results').innerText")
+    assert f"“{evil}”" in text and "not trained with this prompt" in text
+    assert chromium.run("document.querySelectorAll('#results img').length") == 8 and chromium.run("window.ran") is None
+    for field, value, line in (
+        ("#prompt textarea", " ", "the prompt is empty: write what to draw"),
+        ("#prompt textarea", "coat", None),
+        ("#num input", "99", "the number of images is 99: give a whole number from 1 to 8"),
+        ("#seed input", "-1", "the seed is -1: give a whole number from 0"),
+    ):
+        chromium.type(field, value)
+        draw(chromium)
+        errors = chromium.run("[...document.querySelectorAll('#results .play-error')].map(e => e.innerText)")
+        assert (len(errors) == 1 and errors[0].startswith(line)) if line else not errors
+
+
+@pytest.mark.slow
+def test_the_page_asks_for_nothing_elsewhere_and_fits_a_phone(pages, chromium):
+    open_page(chromium, pages["size"])
+    assert chromium.run("document.documentElement.scrollWidth") <= 1280
+    chromium.resize(390, 844)
+    assert chromium.run("document.documentElement.scrollWidth") == 390
+    left, right = chromium.run("[...document.querySelectorAll('#results img')].slice(0, 2).map(i => i.getBoundingClientRect().toJSON())")
+    assert left["right"] <= right["left"] and right["right"] <= 390 and left["top"] == right["top"], "side by side"
+    chromium.resize(1280, 860)
+    assert len(chromium.requests) > 10 and not [url for url in chromium.requests if not url.startswith((pages["size"], "data:"))]
+    assert chromium.problems == []
+
+
+@pytest.mark.slow
+def test_each_factor_has_a_control_of_its_own(pages, chromium, tiny_sd, tmp_path_factory):
+    open_page(chromium, pages["both"])
+    choose(chromium, "any", 0)
+    choose(chromium, "< 0.54")
+    for picture, ((size, free), (light, colour)) in draw(chromium)[1]:
+        assert size == f"{jpeg_size_kb(picture):.3f} kB" and free == ""
+        assert light == f"{brightness(picture):.3f}" and colour == ("met" if brightness(picture) < 0.54 else "missed")
+    assert "asked for brightness < 0.54 at" in chromium.run("document.querySelector('#results').innerText")
+
+
+@pytest.mark.slow
+def test_a_number_is_typed(pages, chromium):
+    open_page(chromium, pages["number"])
+    chromium.wait("document.body.innerText.includes('Trained for coat: 0.750 to 0.850 kB')")
+    chromium.type("#label input", "0.83")
+    for picture, ((size, colour),) in draw(chromium)[1]:
+        score = jpeg_size_kb(picture)
+        assert size == f"{score:.3f} kB" and colour == ("met" if abs(score - 0.83) <= 0.01 else "missed")
+    chromium.type("#label input", "7")
+    draw(chromium)
+    assert "numbers from 0.68 to 0.92 kB" in chromium.run("document.querySelector('#results .play-error').innerText")
+    chromium.type("#prompt textarea", "bag")
+    chromium.wait("document.body.innerText.includes('Trained for other subjects: 0.700 to 0.900 kB')")
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_one_line(pages):
+    (line,) = [line for line in pages["taken"].splitlines() if line.startswith("error: ")]
+    assert "cannot listen on 127.0.0.1:" in line and "--port" in line and "Traceback" not in pages["taken"]
+
+
+def test_a_missing_adapter_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="`make demo` trains"):
+        script.load(argparse.Namespace(adapter=tmp_path / "nothing"))
