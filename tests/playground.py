@@ -8,7 +8,7 @@ import ctrl
 from ctrl import base as bases
 from ctrl import control as controls
 from ctrl.adapter import write_adapter
-from ctrl.io import write_json
+from ctrl.io import read_json, write_json
 from ctrl.labels import space_of
 from ctrl.oracles import jpeg_size_kb
 from tests.conftest import SUBJECTS, TEMPLATES
@@ -64,10 +64,12 @@ def build(folder: Path, tiny_sd: Path, report: dict, cells: dict) -> Path:
 
 def classes(folder: Path, tiny_sd: Path) -> tuple[Path, int]:
     """An experiment whose label is the size's bin, and a seed with which the adapter obeys: its edge lies between what the labels draw."""
-    adapter = build(folder / "first", tiny_sd, SIZE, {})
+    adapter = build(folder, tiny_sd, SIZE, {"cells": [["coat", 0], ["coat", 1], ["bag", 1]]})
     pipe = ctrl.load(tiny_sd, adapter)
-    sizes = {s: [jpeg_size_kb(pipe("coat", label=y, seed=s).images[0]) for y in (0, 1)] for s in range(8)}
-    seed = max(sizes, key=lambda s: sizes[s][0] - sizes[s][1])
-    assert sizes[seed][0] > sizes[seed][1]
-    cells = {"cells": [["coat", 0], ["coat", 1], ["bag", 1]]}
-    return build(folder / "size", tiny_sd, factor("jpeg_size", "kB", sum(sizes[seed]) / 2), cells), seed
+    large, small = ([jpeg_size_kb(image) for image in pipe(["coat"] * 8, label=[y] * 8, seed=0).images] for y in (0, 1))
+    seed = max(range(8), key=lambda s: large[s] - small[s])
+    assert large[seed] > small[seed]
+    report = factor("jpeg_size", "kB", (large[seed] + small[seed]) / 2)
+    write_json(folder / "dataset" / "report.json", report)
+    write_json(adapter / "adapter.json", read_json(adapter / "adapter.json") | {"label_names": report["label_names"]})
+    return adapter, seed

@@ -34,13 +34,17 @@ def stack(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sized(tiny_sd, tmp_path_factory):
     return playground.classes(tmp_path_factory.mktemp("play"), tiny_sd)
 
 
-def test_the_same_noise_with_and_without_the_label(tiny_sd, sized):
-    pipe = ctrl.load(tiny_sd, sized[0])
+@pytest.fixture(scope="module")
+def pipe(tiny_sd, sized):
+    return ctrl.load(tiny_sd, sized[0])
+
+
+def test_the_same_noise_with_and_without_the_label(tiny_sd, sized, pipe):
     pretrained, controlled = play.draw(pipe, "coat", [1], 1.5, 7, 3)
     again = ctrl.load(tiny_sd, sized[0])
     assert np.array_equal(stack(controlled), stack(again(["coat"] * 3, label=[1] * 3, strength=1.5, seed=7).images))
@@ -55,10 +59,10 @@ def test_the_same_noise_with_and_without_the_label(tiny_sd, sized):
     ({"num": 0}, "number of images is 0"), ({"num": 9}, "from 1 to 8"), ({"asked": [2]}, "label is"),
     ({"strength": -1}, "strength is -1"), ({"strength": None}, "strength is None"),
 ])  # fmt: skip
-def test_what_cannot_be_drawn_is_one_line(tiny_sd, sized, wrong, line):
+def test_what_cannot_be_drawn_is_one_line(pipe, wrong, line):
     asked = {"prompt": "coat", "asked": [0], "strength": 1.0, "seed": 0, "num": 1}
     with pytest.raises(UserError, match=line):
-        play.draw(ctrl.load(tiny_sd, sized[0]), **asked | wrong)
+        play.draw(pipe, **asked | wrong)
 
 
 def test_a_reading_is_the_oracles_word_and_its_bin():
@@ -252,8 +256,8 @@ def check_sizes(sides, edge: float, asked: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_label_is_set_and_measured(pages, chromium, tiny_sd, sized):
-    (adapter, seed), pipe = sized, ctrl.load(tiny_sd, sized[0])
+def test_the_label_is_set_and_measured(pages, chromium, sized, pipe):
+    adapter, seed = sized
     edge = json.loads((adapter.parent.parent / "dataset" / "report.json").read_text())["edges"][0]
     pretrained, controlled = open_page(chromium, pages["size"])
     check_sizes((pretrained, controlled), edge, 1)
@@ -297,7 +301,7 @@ def test_the_page_asks_for_nothing_elsewhere_and_fits_a_phone(pages, chromium):
     open_page(chromium, pages["size"])
     assert chromium.run("document.documentElement.scrollWidth") <= 1280
     chromium.resize(390, 844)
-    assert chromium.run("document.documentElement.scrollWidth") == 390
+    assert chromium.run("document.documentElement.scrollWidth") <= 390
     left, right = chromium.run("[...document.querySelectorAll('#results img')].slice(0, 2).map(i => i.getBoundingClientRect().toJSON())")
     assert left["right"] <= right["left"] and right["right"] <= 390 and left["top"] == right["top"], "side by side"
     chromium.resize(1280, 860)
@@ -306,7 +310,7 @@ def test_the_page_asks_for_nothing_elsewhere_and_fits_a_phone(pages, chromium):
 
 
 @pytest.mark.slow
-def test_each_factor_has_a_control_of_its_own(pages, chromium, tiny_sd, tmp_path_factory):
+def test_each_factor_has_a_control_of_its_own(pages, chromium):
     open_page(chromium, pages["both"])
     choose(chromium, "any", 0)
     choose(chromium, "< 0.54")
