@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its debugging pipe: no other package, and no port."""
+"""Headless Chromium for tests, spoken to over its debugging pipe: no driver and no further package."""
 
 import base64
 import json
@@ -12,82 +12,133 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1500,1000", "--remote-debugging-pipe",
-]  # fmt: skip
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = [
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+]
 
 
-class Page:
-    """A tab. Its scripts' messages are read only while it is asked something."""
+class Browser:
+    """One page. `requests` has every address that it asked for, `problems` what its console called an error."""
 
-    def __init__(self, write: int, read: int):
-        self._write, self._read, self._buffer, self._count, self._session = write, read, b"", 0, None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
-        self.call("Network.enable")
+    def __init__(self, profile: Path):
+        to_browser, self.write_end = os.pipe()
+        self.read_end, from_browser = os.pipe()
+        pipes = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'  # the two file descriptors that Chromium speaks on
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}", *QUIET]
+        self.process = subprocess.Popen(
+            ["bash", "-c", pipes, "bash", CHROMIUM, *options, "about:blank"],
+            pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser)
+        os.close(from_browser)
+        self.number, self.session, self.rest, self.requests, self.problems = 0, {}, b"", [], []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Network", "Runtime"):
+            self.send(f"{domain}.enable")
 
-    def call(self, method: str, **params) -> dict:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": params} | ({"sessionId": self._session} if self._session else {})
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self._buffer:
-                if not (part := os.read(self._read, 1 << 20)):
-                    raise RuntimeError("Chromium has gone")
-                self._buffer += part
-            line, self._buffer = self._buffer.split(b"\0", 1)
-            answer = json.loads(line)
-            if answer.get("id") == self._count:
-                assert "error" not in answer, (method, answer["error"])
-                return answer["result"]
+    def receive(self) -> dict:
+        while b"\0" not in self.rest:
+            data = os.read(self.read_end, 2**20)
+            assert data, "Chromium ended"
+            self.rest += data
+        message, self.rest = self.rest.split(b"\0", 1)
+        message = json.loads(message)
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        if message.get("method") == "Network.webSocketCreated":
+            self.requests.append(message["params"]["url"])
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.problems.append(message["params"]["exceptionDetails"]["text"])
+        return message
+
+    def send(self, method: str, **params) -> dict:
+        """The result of one command of the Chrome DevTools Protocol."""
+        self.number += 1
+        os.write(self.write_end, json.dumps({"id": self.number, "method": method, "params": params, **self.session}).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.number:
+            pass
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    def run(self, script: str):
+        """The value of a JavaScript expression in the page."""
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 90):
+        """The value of an expression, as soon as it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"never true: {script}; the page says: {self.run('document.body.innerText')[:2000]}"
+            time.sleep(0.05)
+        return value
+
+    def open(self, url: str) -> None:
+        self.send("Page.navigate", url=url)
 
     def log_in(self, user: str, password: str) -> None:
+        """Sends the password of HTTP's basic authentication with every request."""
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
-        self.call("Network.setExtraHTTPHeaders", headers={"Authorization": f"Basic {token}"})
+        self.send("Network.setExtraHTTPHeaders", headers={"Authorization": f"Basic {token}"})
 
-    def evaluate(self, script: str):
-        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+    def read(self, *texts: str, ready: str = "true", seconds: float = 90) -> str:
+        """What the page says, as soon as it says all `texts` and the expression `ready` is true."""
+        missing = f"{json.dumps(texts)}.filter(text => !document.body.innerText.includes(text))"
+        self.wait(f"document.body && {missing}.length == 0 && ({ready})", seconds)
+        return self.run("document.body.innerText")
 
-    def open(self, url: str, *texts: str, ready: str = "true", seconds: float = 90) -> str:
-        """Goes to a page and waits until it says all `texts` and `ready`, a script, is true; returns what it says."""
-        self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=url)
-        return self.wait(*texts, ready=ready, seconds=seconds)
+    def resize(self, width: int, height: int, scale: float = 1) -> None:
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
 
-    def wait(self, *texts: str, ready: str = "true", seconds: float = 90) -> str:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            said = self.evaluate("document.body ? document.body.innerText : ''") or ""
-            if all(text in said for text in texts) and self.evaluate(ready):
-                return said
-            time.sleep(0.3)
-        raise AssertionError(f"after {seconds} s {[text for text in texts if text not in said]} or {ready} is missing in: {said[:3000]}")
+    def click(self, selector: str) -> None:
+        """A real click of the mouse on the middle of the first element that matches."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.wait(f"!!{found}")
+        self.run(f"{found}.scrollIntoView({{block: 'center'}})")
+        x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def screenshot(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+    def type(self, selector: str, text: str) -> None:
+        """Replaces what an input holds by typing `text`."""
+        self.click(selector)
+        self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        self.send("Input.insertText", text=text)
+
+    def press_enter(self) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
+
+    def close(self) -> None:
+        try:
+            self.send("Browser.close")
+            self.process.wait(10)
+        except (AssertionError, OSError, subprocess.TimeoutExpired):
+            self.process.kill()
+        finally:
+            os.close(self.write_end)
+            os.close(self.read_end)
 
 
 @contextmanager
-def open_browser(folder: Path) -> Iterator[Page]:
-    """A tab of a fresh browser whose profile is in `folder`; the test is skipped where there is no Chromium."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
+def open_browser(profile: Path) -> Iterator[Browser]:
+    """A page of 1500 x 1000 pixels in a fresh browser; the test is skipped where there is no Chromium."""
+    if CHROMIUM is None:
         pytest.skip("no Chromium; on Debian: apt-get install chromium")
-    (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
-    command = [program, *FLAGS, f"--user-data-dir={folder}/profile"]
-    shell = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *command]  # the pipe's ends must be 3 and 4
-    pipes = (to_read, to_write, from_read, from_write)
-    with open(folder / "chromium.txt", "w") as log:
-        process = subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(to_read, from_write))
-    os.close(to_read)
-    os.close(from_write)
+    browser = Browser(profile)
     try:
-        yield Page(to_write, from_read)
+        browser.resize(1500, 1000)
+        yield browser
     finally:
-        process.terminate()
-        process.wait(20)
-        for end in pipes[1:3]:
-            os.close(end)
+        browser.close()

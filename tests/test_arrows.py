@@ -16,6 +16,7 @@ ONLY = {  # package: the modules of ctrl that may import it
     "dvc": set(),
     "yaml": set(),
     "argparse": set(),
+    "gradio": set(),
     "scripts": set(),
 }
 

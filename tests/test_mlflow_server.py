@@ -256,14 +256,16 @@ def show(server, page):
     """
 
     def show(route: str, *texts: str, ready: str = "true", then: tuple = (), name: str) -> str:
-        said = page.open(f"{server.uri}/#/{route}{'&' if '?' in route else '?'}workflowType=machine_learning", *texts, ready=ready)
-        page.evaluate("document.querySelector('[aria-label=Close]')?.click()")  # the assistant, which covers a third of the page
+        page.open("about:blank")
+        page.open(f"{server.uri}/#/{route}{'&' if '?' in route else '?'}workflowType=machine_learning")
+        said = page.read(*texts, ready=ready)
+        page.run("document.querySelector('[aria-label=Close]')?.click()")  # the assistant, which covers a third of the page
         if then:
-            page.evaluate(then[0])
-            said = page.wait(*then[1:])
+            page.run(then[0])
+            said = page.read(*then[1:])
         if SCREENSHOTS:
             time.sleep(1)
-            page.screenshot(SCREENSHOTS / f"{name}.png")
+            page.screenshot(SCREENSHOTS / f"{name}.png", whole=False)
         return said
 
     return show
@@ -294,7 +296,7 @@ def test_the_pictures_of_a_run_are_shown_by_step(show, finetuned, page):
     slider = "document.querySelector('[role=slider]')"
     show(route, "probe", ready=loaded, then=(f"{slider}.scrollIntoView({{block: 'end'}})", "probe"), name="images")
     limits = f"[{slider}.ariaValueMin, {slider}.ariaValueNow, {slider}.ariaValueMax]"
-    assert page.evaluate(limits) == ["0", "0", "30"]
+    assert page.run(limits) == ["0", "0", "30"]
 
 
 def test_the_artefacts_of_a_run_are_listed(show, finetuned):

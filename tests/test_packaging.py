@@ -19,8 +19,8 @@ OURS = {"ctrl", "scripts", "tests", *(path.stem for path in (ROOT / "tests").glo
 COMES_WITH_ANOTHER = {"packaging"}  # of pytest, in tests alone
 
 
-def pins() -> dict[str, str]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{line}: a name and a public version, nothing else"
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
@@ -34,6 +34,16 @@ def requirements() -> list[Requirement]:
 def test_every_requirement_is_pinned_within_its_range(requirement):
     version = pins()[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(version)
+
+
+def test_the_page_to_play_with_has_gradio_and_leaves_the_rest_as_it_is():
+    (gradio,) = [Requirement(text) for text in PROJECT["optional-dependencies"]["play"]]
+    own, common = pins("constraints-play.txt"), pins()
+    assert gradio.name == "gradio" and gradio.specifier.contains(own["gradio"])
+    assert {name for name in own if name in common} == {"pillow", "tomlkit"}, "what gradio asks for in another version"
+    for requirement in requirements():
+        assert requirement.specifier.contains((common | own)[canonicalize_name(requirement.name)])
+    assert "-c constraints-play.txt gradio" in (ROOT / "Makefile").read_text()
 
 
 def test_torch_and_torchvision_are_a_pair():
@@ -55,7 +65,7 @@ def test_make_installs_the_same():
 
 
 def test_every_imported_package_is_required():
-    declared = {canonicalize_name(requirement.name) for requirement in requirements()} | COMES_WITH_ANOTHER
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()} | COMES_WITH_ANOTHER | {"gradio"}  # of `play`
     for path in [*ROOT.glob("ctrl/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tests/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
