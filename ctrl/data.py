@@ -119,7 +119,11 @@ def read_table(folder: Path) -> pd.DataFrame:
     for column in ("file_name", "prompt"):
         if column not in table:
             raise UserError(f"{path} has no column {column} (it has {', '.join(map(str, table.columns)) or 'none'}): add it")
-    return table.fillna({"prompt": "", "file_name": ""}).astype({"file_name": str, "prompt": str})
+    table = table.fillna({"prompt": "", "file_name": ""})
+    try:
+        return table.assign(**{column: [str(value) for value in table[column]] for column in ("file_name", "prompt")})
+    except ValueError as error:
+        raise UserError(f"{path} holds a file_name or prompt that is no text: {error}") from error
 
 
 def read_image(path: Path, image_size: int | None = None) -> Image.Image:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -76,9 +76,12 @@ class Browser:
     def wait(self, script: str, seconds: float = 90):
         """The value of an expression, as soon as it is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        value = None
+        while not value:
             assert time.monotonic() < end, f"never true: {script}; the page says: {self.run('document.body.innerText')[:2000]}"
             time.sleep(0.05)
+            with suppress(AssertionError):  # between two pages there is none to ask
+                value = self.run(script)
         return value
 
     def open(self, url: str) -> None:

@@ -1,6 +1,7 @@
 """What many tests need: a Stable Diffusion with random weights, small enough to be built for every test session; real images, labelled."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,19 @@ import torch
 
 from tests.repository import copy_repository, snakemake
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers beside each other share the cores
 
+FIRST = ["smoke", "test_slurm", "test_mlflow_server", "test_play"]  # what takes longest
 SUBJECTS = ["coat", "bag"]
 TEMPLATES = ["{}", "a {}"]
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share a file, or a run of the workflow, share a worker (and so what takes long to set up); long ones start early."""
+    groups = {item: "smoke" if "finished_smoke" in item.fixturenames else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def test_passes_are_counted(control, process, noise):
 
 def save(control, folder, **changes):
     folder.mkdir(exist_ok=True)
-    sampler = {"num_steps": 4, "eta": 1.0, "guidance_scale": 1.0, "spacing": "scheduler", "timesteps": []}
+    sampler = {"num_steps": 4, "eta": 1.0, "guidance_scale": 1.0, "spacing": "scheduler", "timesteps": [999, 749, 499, 249]}
     control.save(folder)
     described = controls.describe(control, "tiny", sampler, ["a", "b", "c"], {"gamma": 1.0}) | changes
     write_json(folder / "adapter.json", described)

@@ -20,7 +20,7 @@ from PIL import Image
 
 import ctrl
 from ctrl import base as bases
-from ctrl import clip, data, io, tracking
+from ctrl import clip, data, io, mlflow_client
 from ctrl.errors import UserError, redact
 from ctrl.folders import is_inside
 from scripts.common import load_config, read_yaml
@@ -407,7 +407,7 @@ def test_the_page_of_runs_listens_on_this_machine_alone(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "results").mkdir()
-    tracking._create_database(tmp_path / "results" / "mlflow.db")
+    mlflow_client._create_database(tmp_path / "results" / "mlflow.db")
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["make", "-o", ".venv/.installed", "ui", f"PORT={port}"]

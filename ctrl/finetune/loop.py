@@ -30,7 +30,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> None:
     """Raises UserError naming the update and the first tensor that holds a NaN or an infinity."""
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    if not (tensors := {name: tensor for name, tensor in named.items() if tensor is not None}):
+        return
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])  # one answer to wait for, where there is a GPU
     for name, good in zip(tensors, finite.tolist(), strict=True):
         if not good:
@@ -63,7 +64,7 @@ def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
-            states.setdefault(int(i), {})[name] = value
+            states.setdefault(int(i), {})[name] = value.clone()  # a tensor of the file would keep its place on the disk, deleted or not
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
     return int(metadata["done"]), json.loads(metadata["history"])
 
