@@ -258,3 +258,11 @@ def test_rules_are_shell_commands_only():
     for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
         assert not re.search(r"^ +(script|run|message|notebook|wrapper):", path.read_text(), re.MULTILINE), path
     assert len((ROOT / "workflow/rules/common.smk").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("target", ["strength", "trainers", "efficiency"])
+def test_what_compares_accuracies_refuses_a_continuous_label_while_planning(repository, target):
+    done = snakemake(repository, "-n", target, "--cores", "1", "--configfile", "config/continuous.yaml")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert f"`snakemake {target}` compares accuracies, but label.kind is continuous" in line and "Traceback" not in done.stdout

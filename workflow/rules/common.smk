@@ -17,6 +17,13 @@ from ctrl import config_file
 from ctrl.config import UserError, check_scales, check_size, for_adapter, needs_classifier, read_methods, resolve
 from ctrl.names import compared_of, dial_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
 
+
+def refuse(message: object) -> None:
+    """Ends with one line: Snakemake would wrap any exception in a traceback."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 try:
     SCHEMAS = {name: json.loads((ROOT / f"workflow/schemas/{name}.schema.json").read_text()) for name in ("config", "methods")}
     config |= resolve(json.loads(json.dumps(check_size(config), default=str)), SCHEMAS["config"])
@@ -26,8 +33,7 @@ try:
     RESULTS = f"results/{config['experiment']}"
     config_file.write(Path(RESULTS) / "config.json", config, Path(".snakemake/locks"), "--unlock" in sys.argv)
 except UserError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(2)  # Snakemake would wrap any exception in a traceback
+    refuse(error)
 
 CONTINUOUS = config["label"]["kind"] == "continuous"
 REFERENCE_SEED_OFFSET = 500_000  # what methods are compared with shares no seed with them
@@ -132,3 +138,9 @@ def flags(needs: dict[str, str], *only: str) -> list[str]:
 def all_targets(table: str = "results") -> list[str]:
     images = (f"tables/{table}.csv", f"figures{'' if table == 'results' else '_' + table}/teaser.png", "classifier/reliability.png")
     return [f"{RESULTS}/{name}" for name in (("tables/mixture.md", "figures/mixture.png") if "gammas" in config else images)]
+
+
+def of_classes(target: str, *names: str):
+    """The files of a target that compares accuracies: an input function, which refuses a continuous label while planning."""
+    line = f"`snakemake {target}` compares accuracies, but label.kind is continuous; give it a config with a label of classes"
+    return lambda wildcards: refuse(line) if CONTINUOUS else [f"{RESULTS}/{name}" for name in names]

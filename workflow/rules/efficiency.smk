@@ -105,5 +105,4 @@ rule plot_efficiency:
 rule efficiency:
     """Sample efficiency: the figure, its table and what it says."""
     input:
-        f"{RESULTS}/figures/sample_efficiency.png",
-        f"{RESULTS}/tables/sample_efficiency.md",
+        of_classes("efficiency", "figures/sample_efficiency.png", "tables/sample_efficiency.md"),

@@ -35,5 +35,4 @@ rule compare_strengths:
 rule strength:
     """The strength dial."""
     input:
-        f"{RESULTS}/tables/strength.csv",
-        f"{RESULTS}/figures/strength.png",
+        of_classes("strength", "tables/strength.csv", "figures/strength.png"),

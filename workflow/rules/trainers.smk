@@ -40,4 +40,4 @@ rule compare_trainers:
 rule trainers:
     """The comparison of trainers."""
     input:
-        f"{RESULTS}/figures/trainers.png",
+        of_classes("trainers", "figures/trainers.png"),
