@@ -21,7 +21,7 @@ from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, check_adapter, space_o
 from ctrl.base import Base
 from ctrl.embedding import FourierEmbedding, LabelEmbedding
 from ctrl.errors import UserError
-from ctrl.io import save_tensors, write_bytes
+from ctrl.io import canonical, save_tensors, write_bytes
 from ctrl.labels import Continuous, Factors
 from ctrl.process import Denoiser, Process
 
@@ -164,9 +164,10 @@ class Control:
         unet = self.base.unet
         lora = get_peft_model_state_dict(unet, adapter_name="ctrl")
         metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set's order changes from process to process
         with TemporaryDirectory() as temporary:  # diffusers writes in place: a killed run would leave half a file
             StableDiffusionPipeline.save_lora_weights(temporary, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
-            write_bytes(Path(folder) / LORA_FILE, (Path(temporary) / LORA_FILE).read_bytes())
+            write_bytes(Path(folder) / LORA_FILE, canonical((Path(temporary) / LORA_FILE).read_bytes()))
         save_tensors(Path(folder) / EMBEDDING_FILE, unet.class_embedding.state_dict())
 
 

@@ -122,7 +122,18 @@ def write_parquet(path: Path | str, table: pd.DataFrame) -> None:
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes tensors of any device as safetensors, atomically; `metadata` goes into the file's header."""
-    write_bytes(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    write_bytes(path, canonical(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)))
+
+
+def canonical(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library's own order changes from process to process."""
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[length:]
 
 
 def _require_file(path: Path) -> None:

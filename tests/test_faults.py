@@ -21,7 +21,7 @@ from ctrl import base as bases
 from ctrl import config_file, data, errors, io, tracking
 from ctrl.errors import UserError
 from ctrl.finetune import loop
-from tests.repository import ROOT, copy_repository, environment, snakemake
+from tests.repository import NUM_IMAGES, ROOT, copy_repository, environment, snakemake
 from tests.strangers import copy_of, new_adapter
 from tests.test_io import WRITERS
 
@@ -324,7 +324,7 @@ def test_two_workflows_in_one_folder(repository):
     assert second.returncode != 0 and "Directory cannot be locked" in second.stdout and "--unlock" in second.stdout
     assert other.returncode == 2 and "error: a workflow runs in results/smoke by another configuration" in other.stdout
     assert json.loads((repository / "results/smoke/config.json").read_text())["seed"] == 0
-    assert len(list((repository / "results/smoke/images").glob("*.png"))) == 10_000
+    assert len(list((repository / "results/smoke/images").glob("*.png"))) == NUM_IMAGES
 
 
 @pytest.mark.slow

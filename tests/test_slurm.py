@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ctrl.io import load_metadata
-from tests.repository import fresh_clone
+from tests.repository import few_images, fresh_clone
 from tests.slurm_cluster import missing, running, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a cluster")]
@@ -49,6 +49,7 @@ class Clone:
 
     def __init__(self, folder: Path, cluster):
         self.folder, self.home, self.cluster = fresh_clone(folder / "clone"), folder / "home", cluster
+        few_images(self.folder)
         self.home.mkdir()
         (self.folder / "config" / "small.yaml").write_text(SMALL)
         self.results = self.folder / "results" / "smoke"
