@@ -73,8 +73,8 @@ ui: $(VENV)/.installed
 		--backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host $(UI_HOST) --port $(PORT) --workers 1
 
 test: $(VENV)/.installed $(PLAY)/.installed
-	python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
-	python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m slow
+	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.installed
 	ruff check .

@@ -1,5 +1,6 @@
 """What many tests need: a Stable Diffusion with random weights, small enough to be built for every test session; real images, labelled."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -12,17 +13,23 @@ from tests.repository import copy_repository, snakemake
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers beside each other share the cores
 
-FIRST = ["smoke", "test_slurm", "test_mlflow_server", "test_play"]  # what takes longest
+LONG = [
+    "test_smoke",
+    "test_slurm",
+    "test_dvc",
+    "test_kills",
+    "test_multitask",
+    "test_continuous_chain",
+    "test_mlflow_server",
+    "test_doctor",
+]
 SUBJECTS = ["coat", "bag"]
 TEMPLATES = ["{}", "a {}"]
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that share a file, or a run of the workflow, share a worker (and so what takes long to set up); long ones start early."""
-    groups = {item: "smoke" if "finished_smoke" in item.fixturenames else item.path.stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
+    """The files that take longest come first, so that two workers (pytest-xdist, a file each at a time) end together."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +105,14 @@ def tiny_clip(tmp_path) -> str:
 
 @pytest.fixture(scope="session")
 def finished_smoke(tmp_path_factory):
-    """A copy of the repository in which config/smoke.yaml has run, as results/smoke. Tests may add results, but change none."""
-    repository = copy_repository(tmp_path_factory.mktemp("smoke") / "repository")
-    done = snakemake(repository, "all", "--cores", "2", "--configfile", "config/smoke.yaml", timeout=900)
-    assert done.returncode == 0, done.stdout[-5000:]
+    """A copy of the repository in which config/smoke.yaml has run, as results/smoke: one for all workers, so no test changes it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    repository = base / "smoke" / "repository"
+    with open(base / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "smoke" / "done").exists():
+            done = snakemake(copy_repository(repository), "all", "--cores", "2", "--configfile", "config/smoke.yaml", timeout=900)
+            assert done.returncode == 0, done.stdout[-5000:]
+            (base / "smoke" / "done").touch()
     return repository

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sqlite3
 
 import pandas as pd
@@ -49,8 +50,8 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def repository(finished_smoke):
-    return finished_smoke
+def repository(finished_smoke, tmp_path_factory):
+    return shutil.copytree(finished_smoke, tmp_path_factory.mktemp("smoke") / "repository", symlinks=True)
 
 
 @pytest.fixture(scope="module")
