@@ -91,9 +91,7 @@ def clone(cluster, tmp_path_factory):
 
 def test_the_whole_experiment_runs_in_a_fresh_clone(clone):
     assert (clone.results / "tables" / "results.csv").is_file() and (clone.results / "figures" / "teaser.png").is_file()
-    assert {path.name for path in clone.home.iterdir()} <= {".cache", ".config"}, (
-        "caches, matplotlib's among them, and nothing that is needed"
-    )
+    assert {path.name for path in clone.home.iterdir()} <= {".cache", ".config"}, "caches, and nothing that is needed"
     assert clone.run("all") == 0 and "Nothing to be done" in clone.said()
 
 
