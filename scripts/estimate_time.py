@@ -57,7 +57,9 @@ def main() -> None:
     update, measured = {}, {}
     for adapter in estimate.adapters_of(config, methods):
         settings = for_adapter(config, adapter)["finetune"]
-        costly = ("trainer", "coarse", "num_terms", "truncation", "gradient_checkpointing", "batch_size", "policy_gradient")
+        costly = (
+            "trainer", "coarse", "num_terms", "control_variate", "truncation", "gradient_checkpointing", "batch_size", "policy_gradient",
+        )  # fmt: skip
         key = json.dumps({name: settings[name] for name in costly})
         if key not in measured:  # gamma and the learning rates cost nothing
             measured[key] = measure.update_seconds(task, stand_in, settings, size)

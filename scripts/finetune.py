@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import distributed
 
 from ctrl import control as controls
 from ctrl import errors
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.base import Base
 from ctrl.config import for_adapter, needs_classifier
 from ctrl.embedding import check_distinct
 from ctrl.finetune import loop
@@ -26,8 +28,8 @@ from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run
 from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, load_config
-from scripts.loading import load_base, load_oracle, new_control
-from scripts.training import check_labels, contact_sheet, contents, distance_function, join_processes, learned_from
+from scripts.loading import load_base, new_control
+from scripts.training import check_labels, contents, join_processes, learned_from, score_function
 
 
 def parse() -> argparse.Namespace:
@@ -55,6 +57,21 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def figures_of(name: str, settings: dict, amounts_to: float, history: list[dict], base: Base) -> dict:
+    """What adapter.json says of the training."""
+    return {
+        "name": name,
+        "gamma": settings["gamma"],
+        "effective_gamma": amounts_to,
+        "finetune": settings,
+        "train_seconds": round(sum(row["seconds"] for row in history), 1),
+        "peak_memory_mb": round(base.peak_memory_mb(), 1),
+        "device": base.device_name,
+        "unet_passes": {way: sum(row[f"unet_{way}"] for row in history) for way in ("forward", "backward")},
+        "last": history[-1],
+    }
+
+
 def main() -> None:
     args, started = parse(), time.monotonic()
     config = for_adapter(load_config(args), args.name)
@@ -77,17 +94,9 @@ def main() -> None:
             flush=True,
         )
 
-    oracle, distance = load_oracle(args.dataset), distance_function(args, config)
     log_prob, examples, files = learned_from(base, space, settings["trainer"], args)
-
-    shown = []  # the probe's latest pictures
-
-    def score(images: torch.Tensor, subjects: list[str], labels: torch.Tensor) -> dict[str, float]:
-        shown[:] = [contact_sheet(images, labels)]
-        measured = torch.as_tensor(oracle(images))
-        error = {"oracle_mae": (measured - labels).abs().mean().item()} if isinstance(space, Continuous) else {}
-        return {"oracle_accuracy": float(space.agrees(labels, measured).double().mean()), **error} | distance(images, subjects, labels)
-
+    shown: list[Image.Image] = []
+    score = score_function(args, config, space, shown)
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
     prompts = templates["train"], templates["val"]
@@ -109,17 +118,7 @@ def main() -> None:
         if distributed.is_initialized():
             distributed.destroy_process_group()
         check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
-        figures = {
-            "name": args.name,
-            "gamma": settings["gamma"],
-            "effective_gamma": amounts_to,
-            "finetune": settings,
-            "train_seconds": round(sum(row["seconds"] for row in history), 1),
-            "peak_memory_mb": round(base.peak_memory_mb(), 1),
-            "device": base.device_name,
-            "unet_passes": {way: sum(row[f"unet_{way}"] for row in history) for way in ("forward", "backward")},
-            "last": history[-1],
-        }
+        figures = figures_of(args.name, settings, amounts_to, history, base)
         described = controls.describe(
             control, config["base"]["path"], sampler | {"timesteps": process.timesteps.tolist()}, space.names, figures
         )

@@ -1,4 +1,4 @@
-"""What a training is given: what its trainer learns from, and the distance that its probe measures."""
+"""What a training is given: its processes, what its trainer learns from, and what its probe measures and shows."""
 
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ from ctrl.finetune.recipe import Examples, LogProb
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Continuous, Factors, factors_of
 from ctrl.oracles import to_pil
-from scripts.loading import reward_of_latents
+from scripts.loading import load_oracle, reward_of_latents
 
 
 def join_processes() -> bool:
@@ -78,6 +78,22 @@ def check_labels(args: argparse.Namespace, space: Factors | Continuous, cells: l
         space.check([y for _, limits in cells for y in limits])
     elif wrong := [y for _, y in cells if not 0 <= y < space.num_codes or y == space.null]:
         raise errors.UserError(f"{args.cells} asks for label {wrong[0]}, but the dataset has the labels 0 to {space.num_codes - 1}")
+
+
+def score_function(args: argparse.Namespace, config: dict, space: Factors | Continuous, shown: list[Image.Image]) -> Callable:
+    """score(images, subjects, labels), for the probe: accuracy, with a continuous label its error, and distances.
+
+    `shown` holds the latest images as one picture.
+    """
+    oracle, distance = load_oracle(args.dataset), distance_function(args, config)
+
+    def score(images: torch.Tensor, subjects: Sequence[str], labels: torch.Tensor) -> dict[str, float]:
+        shown[:] = [contact_sheet(images, labels)]
+        measured = torch.as_tensor(oracle(images))
+        error = {"oracle_mae": (measured - labels).abs().mean().item()} if isinstance(space, Continuous) else {}
+        return {"oracle_accuracy": float(space.agrees(labels, measured).double().mean()), **error} | distance(images, subjects, labels)
+
+    return score
 
 
 def contact_sheet(images: torch.Tensor, labels: torch.Tensor, columns: int = 8, size: int = 96) -> Image.Image:

@@ -12,6 +12,7 @@ from ctrl.io import read_json, write_json
 from ctrl.labels import space_of
 from ctrl.oracles import jpeg_size_kb
 from tests.conftest import SUBJECTS, TEMPLATES
+from tests.trained import TRAINED
 
 PROMPTS = {"subjects": SUBJECTS, "templates": {"train": TEMPLATES, "val": ["my {}"], "test": ["the {}"]}}
 SAMPLER = {"num_steps": 3, "spacing": "scheduler", "timesteps": [999, 666, 333], "eta": 1.0, "guidance_scale": 1.0}
@@ -42,20 +43,9 @@ def build(folder: Path, tiny_sd: Path, report: dict, cells: dict) -> Path:
         if report.get("kind") != "continuous":
             base.unet.class_embedding.weight *= 10
             base.unet.class_embedding.weight[-1] = 0
-    settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
-    last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
-    extra = {
-        "name": "ctrl",
-        "gamma": 1.0,
-        "effective_gamma": 1.0,
-        "train_seconds": 2.0,
-        "device": "cpu",
-        "last": last,
-        "finetune": settings,
-    }
     adapter = folder / "adapters" / "ctrl"
     adapter.mkdir(parents=True)
-    write_adapter(control, adapter, controls.describe(control, str(tiny_sd), SAMPLER, space.names, extra), "coat")
+    write_adapter(control, adapter, controls.describe(control, str(tiny_sd), SAMPLER, space.names, TRAINED), "coat")
     write_json(folder / "dataset" / "report.json", report | {"label_names": list(space.names) or ["-"]})
     write_json(folder / "cells.json", cells)
     write_json(folder / "config.json", {"prompts": PROMPTS})

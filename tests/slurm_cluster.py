@@ -97,7 +97,7 @@ class Cluster:
         with (self.folder / f"{name}.out").open("a") as out:
             self.processes[name] = subprocess.Popen(
                 [shutil.which(name, path=PLACES), *arguments], env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, start_new_session=True,
+                stderr=out, start_new_session=True, cwd=self.folder,  # where a daemon that crashes leaves its core
             )  # fmt: skip
 
     def start_all(self) -> None:

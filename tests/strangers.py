@@ -10,11 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from ctrl import control as controls
 from ctrl.adapter import write_adapter
+from tests.trained import TRAINED
 
 SAMPLER = {"num_steps": 2, "eta": 1.0, "guidance_scale": 1.0, "spacing": "scheduler"}
-LAST = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
-SETTINGS = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
-EXTRA = {"name": "ctrl", "gamma": 1.0, "effective_gamma": 1.0, "train_seconds": 2.0, "device": "cpu", "last": LAST, "finetune": SETTINGS}
 
 
 class Betrayer:
@@ -39,7 +37,7 @@ def new_adapter(tiny_sd: Path, folder: Path, prompt: str = "coat", names=("a", "
         control.base.unet.class_embedding.weight[-1] = 0
     sampler = SAMPLER | {"timesteps": control.base.process(2).timesteps.tolist()}
     folder.mkdir(parents=True)
-    write_adapter(control, folder, controls.describe(control, str(tiny_sd), sampler, names, EXTRA), prompt)
+    write_adapter(control, folder, controls.describe(control, str(tiny_sd), sampler, names, TRAINED), prompt)
     return folder
 
 

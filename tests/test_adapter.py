@@ -16,6 +16,7 @@ from ctrl.io import write_json
 from ctrl.labels import Categorical, Factors
 from ctrl.oracles import to_pil
 from ctrl.sampling import noise_of, sample
+from tests.trained import TRAINED
 
 CELLS = [("coat", 0), ("bag", 2)]
 SAMPLER = {"num_steps": 4, "eta": 1.0, "guidance_scale": 2.0}
@@ -42,20 +43,9 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
         control.base.unet.class_embedding.weight[-1] = 0
-    last = {"log_prob": -0.1, "kl_nats": 1.5, "oracle_accuracy": 0.9}
-    settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
-    extra = {
-        "name": "ctrl",
-        "gamma": 1.0,
-        "effective_gamma": 1.0,
-        "train_seconds": 2.0,
-        "device": "cpu",
-        "last": last,
-        "finetune": settings,
-    }
     sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
     names = control.space.names or ["a", "b", "c"]
-    described = controls.describe(control, str(tiny_sd), sampler, names, extra)
+    described = controls.describe(control, str(tiny_sd), sampler, names, TRAINED)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(control, folder, described, "coat")

@@ -24,6 +24,7 @@ from ctrl.labels import Continuous
 from ctrl.oracles import to_pil
 from ctrl.pairs import choose_setting, draw, possible_ranges, table_of_targets
 from ctrl.sampling import noise_of, sample
+from tests.trained import TRAINED
 
 SPACE = Continuous(1.0, 2.0, 1.4, 0.25, extrapolation=0.1, tolerance=0.05, oracle="jpeg_size", unit="kB")
 PROMPTS = ["coat", "a bag", "bag"]
@@ -287,19 +288,8 @@ def test_trained_it_depends_on_the_label_and_the_base_is_still_there(base, proce
 @pytest.fixture
 def adapter(base, tiny_sd, process, tmp_path) -> tuple[Path, Control]:
     control = scrambled(base)
-    settings = {"trainer": "backprop", "num_updates": 3, "batch_size": 2, "probe": {"num_images": 8}}
-    last = {"log_prob": 0.5, "kl_nats": 1.5, "oracle_accuracy": 0.9}
-    extra = {
-        "name": "ctrl",
-        "gamma": 1.0,
-        "effective_gamma": 1.0,
-        "train_seconds": 2.0,
-        "device": "cpu",
-        "last": last,
-        "finetune": settings,
-    }
     sampler = {"num_steps": 4, "eta": 1.0, "guidance_scale": 2.0, "spacing": "scheduler", "timesteps": process.timesteps.tolist()}
-    write_adapter(control, tmp_path, controls.describe(control, str(tiny_sd), sampler, control.space.names, extra), "coat")
+    write_adapter(control, tmp_path, controls.describe(control, str(tiny_sd), sampler, control.space.names, TRAINED), "coat")
     return tmp_path, control
 
 

@@ -40,8 +40,10 @@ log_prob = lambda x_0, y, temperature: -(base.decode(x_0).mean(dim=(1, 2, 3)) - 
 cells = [("coat", 0), ("coat", 1), ("bag", 1)]
 gradient = gradient_function(Task(control, process, cells, ["{{}}", "a {{}}"], 1.0, 0), log_prob, config)
 optimizer = torch.optim.AdamW(control.groups(1e-2, 1e-2))
-loop.run(control.parameters(), optimizer, gradient, lambda u: dict(probe=float(u)), {NUM_UPDATES}, Path(sys.argv[2]), 1.0,
-         2, 3, sys.argv[3], [lambda row: print(row["update"], flush=True)])
+def told(update):
+    print(update + 1, flush=True)
+    return gradient(update)
+loop.run(control.parameters(), optimizer, told, lambda u: dict(probe=float(u)), {NUM_UPDATES}, Path(sys.argv[2]), 1.0, 2, 3, sys.argv[3])
 """
 
 

@@ -26,6 +26,7 @@ from ctrl.finetune.parallel import is_main, sum_gradients
 from ctrl.io import load_metadata, load_tensors, save_tensors, write_text
 
 CHECKPOINT = "checkpoint.safetensors"
+SHOWN = ("loss", "log_prob", "kl_nats", "oracle_accuracy")  # beside the progress bar
 
 
 def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> None:
@@ -81,6 +82,18 @@ def termination() -> Iterator[threading.Event]:
             signal.signal(signal.SIGTERM, before)
 
 
+def take_step(
+    named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, figures: dict[str, float], update: int, max_grad_norm: float
+) -> float:
+    """One step of the optimizer by the clipped gradients; returns their norm before that. UserError where a number is not finite."""
+    check_finite({key: torch.tensor(figures[key]) for key in ("loss",) if key in figures}, update, "the value")
+    check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
+    norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
+    optimizer.step()
+    check_finite(named, update, "the value")
+    return norm.item()
+
+
 def run(
     named: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
@@ -116,13 +129,9 @@ def run(
                 group["lr"] = highest * rate(update)
             figures = gradient(update)
             stop = sum_gradients(list(named.values()), terminated.is_set())
-            check_finite({key: torch.tensor(figures[key]) for key in ("loss",) if key in figures}, update, "the value")
-            check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
-            norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
-            optimizer.step()
-            check_finite(named, update, "the value")
+            norm = take_step(named, optimizer, figures, update, max_grad_norm)
             last, stop = update + 1 == num_updates, stop and (update + 1) % stop_every == 0
-            row = {"update": update + 1, **figures, "grad_norm": norm.item(), "seconds": time.perf_counter() - started}
+            row = {"update": update + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - started}
             if ((update + 1) % probe_every == 0 or last) and is_main():
                 row |= probe(update)
             history.append(
@@ -136,8 +145,7 @@ def run(
                 write_history(folder, history)
             if stop and not last:
                 raise Stopped(f"SIGTERM: stopped after update {update + 1} of {num_updates}; {checkpoint} has it, and the next run goes on")
-            shown = ("loss", "log_prob", "kl_nats", "oracle_accuracy")
-            bar.set_postfix({key: next((f"{r[key]:.3g}" for r in reversed(history) if key in r), "") for key in shown}, refresh=False)
+            bar.set_postfix({key: next((f"{r[key]:.3g}" for r in reversed(history) if key in r), "") for key in SHOWN}, refresh=False)
             bar.update()
     if is_main():
         write_history(folder, history)  # a run that was cut off behind its last checkpoint has lost the file with its other outputs
