@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ctrl import brisque, features, metrics, targets
-from ctrl.data import load_images, measured_labels
+from ctrl.bins import measured_labels
 from ctrl.errors import UserError
 from ctrl.folders import is_inside
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Factors, factors_of
 from ctrl.oracles import distance_to_bin, pixels, to_pil
+from ctrl.pictures import load_images
 from ctrl.scoring import scorer
 from ctrl.targets import by_target
 

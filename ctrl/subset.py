@@ -3,8 +3,9 @@
 import pandas as pd
 from PIL import Image
 
-from ctrl.data import SPLITS, image_digest, load_images
+from ctrl.data import SPLITS
 from ctrl.errors import UserError
+from ctrl.pictures import image_digest, load_images
 
 MIN_HELD_OUT = 10  # images that `val` and `calibration` keep at least: fewer choose no epoch and calibrate no temperature
 

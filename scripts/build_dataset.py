@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ctrl import data, errors, io, tracking
+from ctrl.figures import histogram
 from scripts.common import add_config_argument, load_config
 
 
@@ -38,7 +39,7 @@ def main() -> None:
             )  # fmt: skip
             io.write_parquet(folder / "metadata.parquet", table)
             io.write_json(folder / "report.json", report)
-            data.histogram(table, report).savefig(folder / "histogram.png", dpi=150)
+            histogram.histogram(table, report).savefig(folder / "histogram.png", dpi=150)
         run.log_metrics({"num_images": report["num_images"], "num_refused": len(report["refused"])})
         run.log_artifact(args.output)
     print(f"{args.output}: {report['num_images']} images, {len(report['refused'])} refused")

@@ -13,7 +13,6 @@ import yaml
 from ctrl import classifier as classifiers
 from ctrl import doctor, errors, measure, pairs, suggestion
 from ctrl.config import merge, resolve
-from ctrl.data import load_images
 from ctrl.doctor import Finding
 from ctrl.doctor_report import text_of
 from ctrl.generate import denoised, generate
@@ -21,6 +20,7 @@ from ctrl.gradients import finite_differences, pretrained_gradients
 from ctrl.io import read_json, read_parquet, write_json
 from ctrl.labels import Factors
 from ctrl.networks import to_float
+from ctrl.pictures import load_images
 from scripts.cells import load_training_cells
 from scripts.common import SCHEMA, add_config_argument, load_config
 from scripts.costs import trainer_costs

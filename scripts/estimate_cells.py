@@ -8,11 +8,11 @@ import torch
 
 from ctrl import classifier as classifiers
 from ctrl import errors
-from ctrl.data import load_images
 from ctrl.io import read_json, read_parquet, write_json
 from ctrl.labels import Factors
 from ctrl.oracles import to_pil
 from ctrl.pairs import possible_cells, possible_ranges
+from ctrl.pictures import load_images
 from ctrl.scoring import scorer
 from scripts.common import add_config_argument, load_config
 

@@ -12,8 +12,8 @@ import torch
 
 from ctrl import classifier as classifiers
 from ctrl import errors
-from ctrl.data import load_images
 from ctrl.io import read_parquet
+from ctrl.pictures import load_images
 from scripts.cells import load_cells
 from scripts.loading import load_oracle
 

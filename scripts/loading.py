@@ -12,8 +12,8 @@ from torch import Tensor
 from ctrl import base as base_models
 from ctrl import classifier as classifiers
 from ctrl.base import Base
+from ctrl.bins import measured_labels
 from ctrl.control import Control
-from ctrl.data import measured_labels
 from ctrl.errors import UserError
 from ctrl.finetune.speed import prepare
 from ctrl.generate import MakeDenoiser

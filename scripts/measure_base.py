@@ -7,8 +7,8 @@ import torch
 
 from ctrl import base as base_models
 from ctrl import base_quality, errors, features
-from ctrl.data import read_idx
 from ctrl.figures import pictures
+from ctrl.garments import read_idx
 from ctrl.io import write_json, write_text
 from scripts.common import read_yaml
 

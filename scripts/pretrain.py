@@ -9,7 +9,7 @@ import yaml
 from diffusers import DDIMScheduler
 
 from ctrl import errors, pretrain
-from ctrl.data import GARMENTS, read_idx
+from ctrl.garments import GARMENTS, read_idx
 
 
 def main() -> None:

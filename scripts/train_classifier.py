@@ -9,10 +9,11 @@ import torch
 
 from ctrl import classifier as classifiers
 from ctrl import classifier_quality, coverage, errors, io, own, tracking
+from ctrl.bins import measured_labels
 from ctrl.classifier_fit import fit
-from ctrl.data import load_images, measured_labels
 from ctrl.labels import factors_of
 from ctrl.oracles import to_pil
+from ctrl.pictures import load_images
 from ctrl.scoring import scorer
 from scripts.common import add_config_argument, load_config
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ctrl import errors, features
-from ctrl.data import GARMENTS, read_idx
+from ctrl.garments import GARMENTS, read_idx
 from ctrl.io import atomic_folder, write_text
 
 CARD = """---

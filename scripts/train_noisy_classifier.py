@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from ctrl import errors, noisy
-from ctrl.data import SPLITS, load_images
+from ctrl.data import SPLITS
 from ctrl.figures import curves
 from ctrl.io import atomic_folder, read_json, read_parquet, write_json
+from ctrl.pictures import load_images
 from ctrl.tracking import run
 from scripts.common import add_config_argument, load_config
 from scripts.loading import load_base

@@ -13,12 +13,12 @@ from PIL import Image
 from ctrl import classifier as classifiers
 from ctrl import errors, evaluation, features
 from ctrl.base import Base
-from ctrl.data import load_images
 from ctrl.finetune import parallel
 from ctrl.finetune.recipe import Examples, LogProb
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Continuous, Factors, factors_of
 from ctrl.oracles import to_pil
+from ctrl.pictures import load_images
 from scripts.loading import load_oracle, reward_of_latents
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ctrl import data, errors, tracking
+from ctrl import errors, garments, tracking
 from scripts.common import add_config_argument, load_config
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     config = load_config(args)
     size, templates = config["dataset"]["image_size"], config["prompts"]["templates"]["train"]
     with tracking.run(config, config["experiment"], "unpack_images", tracking_uri=config["mlflow"]["tracking_uri"]) as run:
-        table = data.unpack(args.idx, args.split, templates, size, args.output)
+        table = garments.unpack(args.idx, args.split, templates, size, args.output)
         run.log_metrics({"num_images": len(table)})
         run.log_artifact(args.output / "metadata.csv")
     print(f"{args.output}: {len(table)} images of {table['subject'].nunique()} subjects")

@@ -71,12 +71,12 @@ def control(base):
 @pytest.fixture(scope="session")
 def real():
     """2,400 embedded images (uint8), their JPEG sizes in kB, splits (2/3 train, 1/6 each), and the quartiles of the training split."""
-    from ctrl import data, oracles
+    from ctrl import bins, garments, oracles
 
-    images = data.read_idx(Path(__file__).resolve().parent.parent / "resources" / "fashion-mnist", "t10k")[0][:2400].contiguous()
+    images = garments.read_idx(Path(__file__).resolve().parent.parent / "resources" / "fashion-mnist", "t10k")[0][:2400].contiguous()
     scores = np.array([oracles.jpeg_size_kb(image) for image in oracles.to_pil(images / 127.5 - 1)])
     splits = np.array(["train", "train", "val", "train", "train", "calibration"] * 400)
-    return images, scores, splits, data.bin_edges(scores[splits == "train"], "quantiles", 4)
+    return images, scores, splits, bins.bin_edges(scores[splits == "train"], "quantiles", 4)
 
 
 @pytest.fixture(scope="session")

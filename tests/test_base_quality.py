@@ -13,7 +13,7 @@ from PIL import Image
 
 from ctrl import base as base_models
 from ctrl import base_quality, errors, features, pretrain
-from ctrl.data import GARMENTS, read_idx
+from ctrl.garments import GARMENTS, read_idx
 from scripts import measure_base
 
 ROOT = Path(__file__).resolve().parent.parent

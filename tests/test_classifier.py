@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctrl import classifier as classifiers
-from ctrl import data, io, oracles
+from ctrl import io, oracles, pictures
 from ctrl.classifier import Classifier, straight_through
 from ctrl.classifier_fit import fit
 from ctrl.errors import UserError
@@ -21,7 +21,7 @@ def test_straight_through_is_what_a_file_keeps_and_passes_the_gradient(tmp_path)
     x = (torch.randn(1, 3, 8, 8) * 2).requires_grad_()
     seen = straight_through(x)
     oracles.to_pil(x)[0].save(tmp_path / "x.png")
-    assert torch.equal(seen.detach(), data.load_images([tmp_path / "x.png"]) / 127.5 - 1)
+    assert torch.equal(seen.detach(), pictures.load_images([tmp_path / "x.png"]) / 127.5 - 1)
     weights = torch.randn_like(seen)
     (seen * weights).sum().backward()
     assert torch.equal(x.grad, weights)

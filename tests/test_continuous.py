@@ -14,9 +14,9 @@ from ctrl import classifier as classifiers
 from ctrl import control as controls
 from ctrl import coverage, generate, labels, metrics, targets
 from ctrl.adapter import write_adapter
+from ctrl.bins import describe_continuous
 from ctrl.classifier_fit import fit
 from ctrl.control import Control
-from ctrl.data import describe_continuous
 from ctrl.embedding import FourierEmbedding
 from ctrl.errors import UserError
 from ctrl.heads import GaussianHead

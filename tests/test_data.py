@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl import data, oracles
+from ctrl import bins, data, garments, oracles, pictures
 from ctrl.errors import UserError
+from ctrl.figures import histogram
 
 SHARES = {"train": 0.8, "val": 0.1, "calibration": 0.1}
 LABEL = {"oracle": "jpeg_size", "edges": "quantiles", "num_classes": 4, "descending": True}
@@ -63,22 +64,22 @@ def test_scores_labels_and_counts(folder):
 
 
 def test_quantiles_of_the_training_split_alone():
-    assert data.bin_edges(np.arange(8.0), "quantiles", 4) == [1.5, 3.5, 5.5]
-    assert data.bin_edges(np.arange(8.0), [1, 2.5], 4) == [1, 2.5]
-    assert data.bin_edges(np.array([0.0] * 6 + [1.0] * 2), "quantiles", 2) == [0.5]
+    assert bins.bin_edges(np.arange(8.0), "quantiles", 4) == [1.5, 3.5, 5.5]
+    assert bins.bin_edges(np.arange(8.0), [1, 2.5], 4) == [1, 2.5]
+    assert bins.bin_edges(np.array([0.0] * 6 + [1.0] * 2), "quantiles", 2) == [0.5]
 
 
 @pytest.mark.parametrize("scores", [np.zeros(10), np.r_[np.zeros(50), 1.0], np.array([1.0])])
 def test_quantiles_that_coincide(scores):
     with pytest.raises(UserError, match="quantiles of the scores coincide.*lower label.num_classes"):
-        data.bin_edges(scores, "quantiles", 3)
+        bins.bin_edges(scores, "quantiles", 3)
 
 
 def test_paths_load_from_the_working_directory(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table, _ = build(Path("images"))
     assert table["path"][0] == "images/000.png"
-    images = data.load_images(table["path"])
+    images = pictures.load_images(table["path"])
     assert images.shape == (120, 3, 8, 8) and images.dtype == torch.uint8
     np.testing.assert_array_equal(images[5].permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / "005.png")))
     monkeypatch.chdir(folder)
@@ -137,7 +138,7 @@ def test_shares():
     splits = pd.Series([data.choose_split(d, SHARES) for d in digests]).value_counts(normalize=True)
     assert splits["train"] == pytest.approx(0.8, abs=0.03) and splits["val"] == pytest.approx(0.1, abs=0.02)
     assert data.choose_split(b"\x00" * 32, SHARES) == "train" and data.choose_split(b"\xff" * 32, SHARES) == "calibration"
-    assert {data.choose(d, ["a", "b", "c"]) for d in digests[:50]} == {"a", "b", "c"}
+    assert {pictures.choose(d, ["a", "b", "c"]) for d in digests[:50]} == {"a", "b", "c"}
 
 
 def test_numbers_in_file_names_and_prompts_stay_text(tmp_path):
@@ -190,28 +191,28 @@ def test_a_label_without_images(folder):
 
 def test_load_images_names_the_file(folder):
     with pytest.raises(UserError, match=r"nothing.png: missing file"):
-        data.load_images([folder / "000.png", folder / "nothing.png"])
+        pictures.load_images([folder / "000.png", folder / "nothing.png"])
     Image.new("RGB", (4, 4)).save(folder / "small.png")
     with pytest.raises(UserError, match=r"small.png has \(4, 4\) pixels"):
-        data.load_images([folder / "000.png", folder / "small.png"])
+        pictures.load_images([folder / "000.png", folder / "small.png"])
     with pytest.raises(UserError, match="no images"):
-        data.load_images([])
+        pictures.load_images([])
 
 
 def test_modes_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "CMYK", "1"):
         Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"{mode}.tif")
-    assert (data.load_images(sorted(tmp_path.iterdir())) == 255).all()
+    assert (pictures.load_images(sorted(tmp_path.iterdir())) == 255).all()
 
 
 def test_histogram_counts_every_image(folder):
     table, report = build(folder)
-    axes = data.histogram(table, report).axes[0]
+    axes = histogram.histogram(table, report).axes[0]
     assert sum(patch.get_height() for patch in axes.patches) == pytest.approx(120)
     assert [t.get_text() for t in axes.get_legend().get_texts()] == [
         f"{y}: {name} (n = {(table['label'] == y).sum()})" for y, name in enumerate(report["label_names"])
     ]
-    data.histogram(table, report).savefig(io.BytesIO())
+    histogram.histogram(table, report).savefig(io.BytesIO())
 
 
 def write_idx(folder: Path, n: int) -> None:
@@ -223,28 +224,28 @@ def write_idx(folder: Path, n: int) -> None:
 
 def test_unpack(tmp_path):
     write_idx(tmp_path / "idx", 30)
-    table = data.unpack(tmp_path / "idx", "t10k", ["{}", "a {}"], 32, tmp_path / "images")
+    table = garments.unpack(tmp_path / "idx", "t10k", ["{}", "a {}"], 32, tmp_path / "images")
     read = data.read_table(tmp_path / "images")
     pd.testing.assert_frame_equal(read, table, check_dtype=False)
-    assert set(read.columns) == {"file_name", "prompt", "subject"} and read["subject"].tolist() == data.GARMENTS * 3
+    assert set(read.columns) == {"file_name", "prompt", "subject"} and read["subject"].tolist() == garments.GARMENTS * 3
     assert {p.replace(s, "{}") for p, s in zip(read["prompt"], read["subject"], strict=True)} == {"{}", "a {}"}
-    expected, _ = data.read_idx(tmp_path / "idx", "t10k")
-    assert torch.equal(data.load_images(tmp_path / "images" / name for name in read["file_name"]), expected)
+    expected, _ = garments.read_idx(tmp_path / "idx", "t10k")
+    assert torch.equal(pictures.load_images(tmp_path / "images" / name for name in read["file_name"]), expected)
 
 
 def test_unpack_bad_files(tmp_path):
     with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz is missing"):
-        data.unpack(tmp_path, "t10k", ["{}"], 32, tmp_path / "images")
+        garments.unpack(tmp_path, "t10k", ["{}"], 32, tmp_path / "images")
     write_idx(tmp_path / "idx", 30)
     path = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="are corrupt"):
-        data.unpack(tmp_path / "idx", "t10k", ["{}"], 32, tmp_path / "images")
+        garments.unpack(tmp_path / "idx", "t10k", ["{}"], 32, tmp_path / "images")
     assert not (tmp_path / "images").exists()
 
 
 def test_embedded_images_are_there():
-    images, labels = data.read_idx(IDX, "t10k")
+    images, labels = garments.read_idx(IDX, "t10k")
     assert images.shape == (10_000, 3, 32, 32) and labels.bincount().tolist() == [1000] * 10
 
 
@@ -259,8 +260,8 @@ def test_two_factors_are_one_label_and_what_is_held_out_is_in_no_split(folder):
     assert report["num_classes"] == 4 and report["held_out"] == [1] and report["label_names"][1].startswith("jpeg size >= ")
     assert ((table["split"] == "held_out") == (table["label"] == 1)).all() and report["counts"]["train"][1] == 0
     assert report["counts"]["held_out"][1] == (table["label"] == 1).sum() > 0
-    assert data.measured_labels({n: table[f"score_{n}"] for n in ("jpeg_size", "brightness")}, report).tolist() == table["label"].tolist()
-    assert len(data.histogram(table, report).axes) == 2
+    assert bins.measured_labels({n: table[f"score_{n}"] for n in ("jpeg_size", "brightness")}, report).tolist() == table["label"].tolist()
+    assert len(histogram.histogram(table, report).axes) == 2
     _, whole = data.build(folder, 8, {"factors": FACTORS, "held_out": []}, SHARES)
     assert whole["held_out"] == [] and "held_out" not in whole["counts"]
 
@@ -292,7 +293,7 @@ def test_larger_images_are_cropped_if_asked_for_and_captions_may_be_missing(tmp_
     assert report["num_images"] == len(stored) == 60 and report["refused"] == [
         {"file_name": "narrow.png", "reason": "too small: 8x300, not at least 16x16"}
     ]
-    assert (table["prompt"] == "").all() and data.load_images(table["path"]).shape == (60, 3, 16, 16)
+    assert (table["prompt"] == "").all() and pictures.load_images(table["path"]).shape == (60, 3, 16, 16)
     for name, path, score in zip(table["file_name"], table["path"], table["score_jpeg_size"], strict=True):
         with Image.open(path) as image:
             assert image.tobytes() == stored[name].tobytes() and oracles.jpeg_size_kb(image) == score

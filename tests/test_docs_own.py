@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from ctrl import classifier as classifiers
-from ctrl import data, own, scoring
+from ctrl import data, own, pictures, scoring
 from ctrl.classifier_fit import fit
 from ctrl.config import merge, resolve
 from scripts.common import DEFAULTS, SCHEMA
@@ -76,7 +76,7 @@ def test_own_images_own_label_and_own_classifier_fit_together(written):
     config = complete("config/my_classifier.yaml")["classifier"]
     network = config["network"]
     described = {"network": network, "network_sha256": own.digest(network), "head": config["head"], **report}
-    images = data.load_images(table["path"])
+    images = pictures.load_images(table["path"])
     quick = config | {"num_epochs": 40, "batch_size": 16, "learning_rate": 1e-2}
     classifier, _ = fit(images, table["score_my_oracle"], table["label"], table["split"], described, quick, seed=0)
     held_out = (table["split"] == "val").to_numpy()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl import data, efficiency, errors, io, tracking
+from ctrl import data, efficiency, errors, io, pictures, tracking
 from ctrl.classifier_fit import fit
 from ctrl.errors import UserError
 from ctrl.figures.efficiency import sample_efficiency
@@ -100,7 +100,7 @@ def test_a_classifier_of_a_handful(whole, network, head):
     chosen = chosen.drop(calibration.index[calibration["label"] == calibration["label"].iloc[0]])
     description = factors_of(described)[0] | {"network": network, "head": head, "image_size": 16}
     settings = {"num_epochs": 2, "batch_size": 256, "learning_rate": 1e-3, "weight_decay": 1e-4}
-    images = data.load_images(chosen["path"])
+    images = pictures.load_images(chosen["path"])
     trained, _ = fit(images, chosen["score_jpeg_size"].tolist(), chosen["label"].tolist(), chosen["split"], description, settings, 0)
     log_probs = trained.log_prob(images / 127.5 - 1, torch.zeros(len(images), dtype=torch.int64))
     assert log_probs.isfinite().all()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ctrl import features
-from ctrl.data import GARMENTS, read_idx
 from ctrl.errors import UserError
+from ctrl.garments import GARMENTS, read_idx
 
 ROOT = Path(__file__).resolve().parent.parent
 GARMENT_FOLDER = ROOT / "resources/garments"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ctrl import base as bases
-from ctrl import data, io
+from ctrl import data, io, pictures
 from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, check_adapter
 from ctrl.errors import UserError
 from scripts.common import load_config
@@ -83,8 +83,8 @@ def test_pictures(tmp_path, kind):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                assert data.read_image(tmp_path / "a.png").mode == "RGB"
-            except data.Refused as error:
+                assert pictures.read_image(tmp_path / "a.png").mode == "RGB"
+            except pictures.Refused as error:
                 assert "\n" not in str(error)
 
     check()

@@ -32,9 +32,6 @@ INFRASTRUCTURE = {
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
 SCORING = {f"ctrl/{name}.py" for name in ("aesthetic", "clip", "oracles", "own", "scoring")}
 EXEMPT = {  # imported, but without a say in the result of these rules
-    "pretrain": {"ctrl/labels.py", *SCORING},
-    "train_garments": {"ctrl/labels.py", *SCORING},
-    "unpack_images": {"ctrl/labels.py", *SCORING},
     "estimate_cells": {"ctrl/metrics.py"},
     "finetune": {
         *(f"ctrl/{name}.py" for name in ("brisque", "evaluation", "features", "metrics", "noisy", "targets")),
@@ -66,7 +63,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
     },
     "sample": {"ctrl/metrics.py", "ctrl/finetune/speed.py"},
     "tune": {"ctrl/finetune/speed.py"} | {f"ctrl/figures/{name}.py" for name in ("__init__", "style", "curves")},
-    "plot_figures": {"ctrl/figures/__init__.py", "ctrl/brisque.py", "ctrl/data.py", "ctrl/features.py", "ctrl/metrics.py"},
+    "plot_figures": {"ctrl/figures/__init__.py", "ctrl/brisque.py", "ctrl/features.py", "ctrl/metrics.py"},
     "plot_sweep": {"ctrl/figures/__init__.py"},
     "compare_strengths": {"ctrl/figures/__init__.py"},
     "compare_trainers": {"ctrl/figures/__init__.py"},

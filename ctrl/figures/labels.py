@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from ctrl.data import measured_labels
+from ctrl.bins import measured_labels
 from ctrl.evaluation import factor_scores
 from ctrl.figures.style import (
     INK,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ctrl.data import measured_labels
+from ctrl.bins import measured_labels
 from ctrl.evaluation import Samples, factor_scores
 from ctrl.figures.style import INK, PALE, STYLE, WRONG, label_colours, label_name, oracle_name, save
 

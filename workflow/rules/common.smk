@@ -53,31 +53,31 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 
 ORACLES, PICTURES = lib("oracles scoring aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
-CORE = [*lib("base base_files data labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
+CORE = [*lib("base base_files bins labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
 CLASSIFIER = [*lib("classifier heads labels networks dct"), *ORACLES]
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = [*lib("evaluation targets metrics features brisque data labels"), *ORACLES]
+EVALUATION = [*lib("evaluation targets metrics features brisque bins labels pictures"), *ORACLES]
 TRAINERS = lib("adjoint backprop loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files")],
-    "pretrain": ["scripts/pretrain.py", *lib("pretrain data dct")],
-    "train_garments": ["scripts/train_garments.py", *lib("features clip data")],
-    "unpack_images": ["scripts/unpack_images.py", *lib("data")],
-    "build_dataset": ["scripts/build_dataset.py", *lib("data labels"), *ORACLES],
-    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage data metrics")],
-    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy")],
-    "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("data pairs")],
+    "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
+    "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
+    "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
+    "build_dataset": ["scripts/build_dataset.py", *lib("data bins pictures labels figures/histogram"), *ORACLES],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage bins pictures metrics")],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data pictures")],
+    "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
     "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
-    "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline")],
+    "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline pictures")],
     "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling guidance/classifier guidance/reconstruction"), *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
-    "plot_figures": ["scripts/plot_figures.py", "scripts/cells.py", *PICTURES, *ORACLES, *lib("evaluation labels pairs targets")],
+    "plot_figures": ["scripts/plot_figures.py", "scripts/cells.py", *PICTURES, *ORACLES, *lib("evaluation bins labels pairs pictures targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
-    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data")],
+    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data bins pictures")],
     "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
