@@ -64,3 +64,10 @@ def as_pickle(name: str, pickle: str, witness: Path) -> Callable[[Path], None]:
         torch.save({"weight": Betrayer(witness)}, folder / pickle)
 
     return change
+
+
+def one_line(caught) -> str:
+    """The text of a caught error, which is one line that a terminal takes."""
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 1500
+    return text
