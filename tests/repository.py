@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.warm_python import environment_of_jobs
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES = 2500
 COPIED = ["Snakefile", "workflow", "config", "profiles", "slurm", "scripts", "ctrl"]
@@ -56,6 +58,8 @@ def fresh_clone(folder: Path) -> Path:
 
 
 def snakemake(folder: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    """`snakemake ARGUMENTS` in `folder`, with the code that is there; stderr goes to stdout."""
+    """`snakemake ARGUMENTS` in `folder`, with the code that is there, its jobs in forks of a warm Python; stderr goes to stdout."""
     command, streams = [sys.executable, "-m", "snakemake", *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, cwd=folder, env=environment(folder), **streams, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder) | environment_of_jobs(), **streams, text=True, timeout=timeout, check=False
+    )
