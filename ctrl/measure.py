@@ -69,7 +69,7 @@ def timed_rows(control: Control, config: dict, gradient: Callable[[int], dict[st
     """The rows of the training loop for `number` updates by `gradient(k)`, after gradient(0), which warms up and is not among them."""
     with tempfile.TemporaryDirectory() as folder:
         return loop.run(
-            control.parameters(), optimizer_of(control, config), gradient, lambda k: {}, number + 1, Path(folder),
+            control.parameters(), [optimizer_of(control, config)], gradient, lambda k: {}, number + 1, Path(folder),
             config["max_grad_norm"], number + 1, number + 1, "cost",
         )[1:]  # fmt: skip
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,14 +150,16 @@ def noisy_log_prob(
 
 
 def process_of(mixture: GaussianMixture, num_steps: int) -> Process:
-    """From pure noise to 1 % of the smallest variance, dense in log-SNR around 0; the last step, to no noise at all, has no sigma.
+    """From pure noise to 1 % of the smallest variance; the last step, to no noise at all, has no sigma.
 
-    The mixture is a standardised one. Its sampler's distance to the mixture itself falls with `num_steps`.
+    The mixture is a standardised one. Steps are short about a log-SNR of 0.7, where its modes part and log E[p(y | x_0) | x_t] bends most:
+    what a Gaussian step leaves of the variance of log w is in proportion to that bend squared and to the step squared.
     """
     smallest = torch.linalg.eigvalsh(mixture.covariances).min().item()
-    u = torch.linspace(-1, 1, num_steps, dtype=torch.float64)
-    bend = torch.sinh(2.5 * u) / math.sinh(2.5)
-    abar_t = torch.sigmoid(torch.where(u < 0, 8.0 * bend, math.log(100 / smallest) * bend))
+    log_snr = np.linspace(-8.0, math.log(100 / smallest), 4001)
+    density = 1 / np.cosh((log_snr - 0.7) / 1.5) + 0.1
+    passed = density.cumsum() - density[0]
+    abar_t = torch.sigmoid(torch.from_numpy(np.interp(np.linspace(0, passed[-1], num_steps), passed, log_snr)))
     return Process(torch.arange(num_steps).flip(0), abar_t, torch.cat([abar_t[1:], abar_t.new_ones(1)]))
 
 

@@ -25,6 +25,7 @@ from ctrl.sampling import path_statistics, sample
 
 SCALES = [0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]  # of every method that has one; 1 is right in theory, where there is a theory
 DPS_SCALES = [0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5]  # as many, for moves of x_s itself, which add up over the steps
+MUON = 5.0  # learning rate of the square weights, by Muon (Jordan 2024), in units of AdamW's, which the other weights have
 NUM_TUNING = 2000  # samples a label and scale
 
 
@@ -67,9 +68,14 @@ def train(problem: Problem, name: str, loss: Callable) -> Controlled:
     process = process_of(problem.mixture, problem.num_steps)
     long_steps = process_of(problem.mixture, max(2, problem.num_steps // settings["coarse"]["stride"]))
     net = Controlled(problem.mixture, problem.label.num_classes, seed=problem.seed)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), settings["learning_rate"], tuple(settings["betas"]), weight_decay=settings["weight_decay"]
-    )
+    named, rate = dict(net.named_parameters()), settings["learning_rate"]
+    inner = {name for name, p in named.items() if name.startswith("hidden") and p.ndim == 2}
+    optimizers = [
+        torch.optim.Muon([named[name] for name in sorted(inner)], MUON * rate, weight_decay=settings["weight_decay"]),
+        torch.optim.AdamW(
+            [p for name, p in named.items() if name not in inner], rate, tuple(settings["betas"]), weight_decay=settings["weight_decay"]
+        ),
+    ]
     size, num_updates = settings["batch_size"], settings["num_updates"]
 
     def gradient(update: int) -> dict[str, float]:
@@ -82,7 +88,7 @@ def train(problem: Problem, name: str, loss: Callable) -> Controlled:
 
     folder = problem.folder / name
     history = loop.run(
-        dict(net.named_parameters()), optimizer, gradient, lambda update: {}, num_updates, folder, settings["max_grad_norm"],
+        named, optimizers, gradient, lambda update: {}, num_updates, folder, settings["max_grad_norm"],
         settings["checkpoint_every"], num_updates, f"{name} {settings} {problem.num_steps} {problem.seed} {problem.mixture}{problem.label}",
         rate=lambda u: learning_rate_factor(u, num_updates, settings["warmup_updates"], settings["decay"]),
     )  # fmt: skip

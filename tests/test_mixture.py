@@ -122,6 +122,15 @@ def test_classifier_guidance_draws_the_conditional_law(problem, generator):
     assert sum(guided) < 1.5 * sum(floor)
 
 
+@pytest.mark.parametrize("num_steps", [2, 3, 128, 1000])
+def test_every_step_of_the_sampler_goes_towards_less_noise(problem, num_steps):
+    process = process_of(problem[0], num_steps)
+    assert (process.abar_t.diff() > 0).all() and process.abar_t[0] < 1e-3 and process.abar_s[-1] == 1
+    smallest = torch.linalg.eigvalsh(problem[0].covariances).min()
+    assert ((1 - process.abar_t[-1]) / process.abar_t[-1] / smallest).item() == pytest.approx(0.01, rel=0.01)
+    assert active(process) == [True] * (num_steps - 1) + [False]
+
+
 def test_sampler_nears_the_mixture_as_steps_grow(problem, generator):
     mixture, distances = problem[0], []
     for num_steps in (8, 32, 128):

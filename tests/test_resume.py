@@ -44,7 +44,7 @@ optimizer = torch.optim.AdamW(control.groups(1e-2, 1e-2))
 def told(update):
     print(update + 1, flush=True)
     return gradient(update)
-loop.run(control.parameters(), optimizer, told, lambda u: dict(probe=float(u)), {NUM_UPDATES}, Path(sys.argv[2]), 1.0, 2, 3, sys.argv[3])
+loop.run(control.parameters(), [optimizer], told, lambda u: dict(probe=float(u)), {NUM_UPDATES}, Path(sys.argv[2]), 1.0, 2, 3, sys.argv[3])
 """
 
 
@@ -91,8 +91,33 @@ def toy_run(folder, gradient, **changes):
     weight = torch.nn.Parameter(torch.ones(2))
     settings = {"num_updates": 4, "max_grad_norm": 1.0, "checkpoint_every": 2, "probe_every": 2, "settings": "s"} | changes
     optimizer = torch.optim.SGD([weight], lr=0.5)
-    history = loop.run({"weight": weight}, optimizer, lambda u: gradient(weight, u), lambda u: {}, folder=folder, **settings)
+    history = loop.run({"weight": weight}, [optimizer], lambda u: gradient(weight, u), lambda u: {}, folder=folder, **settings)
     return weight, history
+
+
+def test_several_optimizers_resume_bit_for_bit(tmp_path):
+    """A square matrix by Muon, a vector by AdamW, each with its momentum; cut off behind the checkpoint of update 2."""
+
+    def trained(folder, cut=None):
+        named = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in (("vector", 3), ("matrix", (3, 3)))}
+        optimizers = [torch.optim.Muon([named["matrix"]], 0.1), torch.optim.AdamW([named["vector"]], 0.1)]
+
+        def gradient(update):
+            if update == cut:
+                raise KeyboardInterrupt
+            for parameter in named.values():
+                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(update))
+            return {}
+
+        rate = lambda update: 1 / (1 + update)  # noqa: E731
+        loop.run(named, optimizers, gradient, lambda u: {}, 4, folder, 1.0, 2, 4, "s", rate=rate)
+        return named
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", cut=3)
+    resumed = trained(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_gradients_are_clipped(tmp_path):

@@ -166,7 +166,7 @@ def test_training_does_not_depend_on_the_probe(control, tmp_path):
         torch.manual_seed(0)
         probe = probe_function(task, score, size, 2) if size else lambda update: {}
         optimizer = torch.optim.SGD(control.groups(1e-3, 1e-3))
-        loop.run(control.parameters(), optimizer, gradient, probe, 3, tmp_path / folder, 1.0, 2, 1, "s")
+        loop.run(control.parameters(), [optimizer], gradient, probe, 3, tmp_path / folder, 1.0, 2, 1, "s")
         ends.append({name: p.detach().clone() for name, p in control.parameters().items()})
     assert all(torch.equal(ends[0][name], end[name]) for end in ends[1:] for name in start)
     assert [shape for shape, _, _ in seen] == [(2, 3, 16, 16)] * 3 + [(5, 3, 16, 16)] * 3

@@ -1,9 +1,9 @@
-"""The training loop: optimizer, clipping, NaN guard, history, checkpoints, resume. It knows no trainer, no model and no images.
+"""The training loop: optimizers, clipping, NaN guard, history, checkpoints, resume. It knows no trainer, no model and no images.
 
 SIGTERM, by which a cluster announces the end of a job, ends it at the next update with a checkpoint. With several processes (`parallel`)
 all of them hold the same weights, and the first one alone writes.
 
-Everything random in update `u` must follow from `u` alone; then the weights, the optimizer's state and `u` are all that a checkpoint needs.
+Everything random in update `u` must follow from `u` alone; then weights, optimizers' states and `u` are all that a checkpoint needs.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ctrl.errors import Stopped, UserError
@@ -42,15 +43,22 @@ def check_finite(named: dict[str, Tensor | None], update: int, what: str) -> Non
             )
 
 
-def save_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, metadata: dict[str, str]) -> None:
-    """One atomic file: parameters, optimizer state, and as `metadata` the number of updates done, the history and the run's settings."""
+def places(optimizers: Sequence[Optimizer]) -> list[int]:
+    """Where each optimizer's parameters begin among those of all, one after the other."""
+    sizes = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
+    return [sum(sizes[:k]) for k in range(len(sizes))]
+
+
+def save_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], metadata: dict[str, str]) -> None:
+    """One atomic file: parameters, optimizers' states, and as `metadata` the number of updates done, the history and the run's settings."""
     tensors = {f"parameter/{name}": p.detach() for name, p in named.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
+    for optimizer, first in zip(optimizers, places(optimizers), strict=True):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{first + i}/{key}": value for key, value in state.items()}
     save_tensors(path, tensors, metadata)
 
 
-def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: str) -> tuple[int, list[dict]]:
+def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], settings: str) -> tuple[int, list[dict]]:
     """Restores what `save_checkpoint` wrote; returns the number of updates done and the history: 0 and [] where there is nothing to resume.
 
     A checkpoint of a run with other `settings` is no part of this run, and is left alone until it is overwritten.
@@ -66,7 +74,9 @@ def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizer: torch
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
             states.setdefault(int(i), {})[name] = value.clone()  # a tensor of the file would keep its place on the disk, deleted or not
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    for optimizer, first, end in zip(optimizers, (ends := places(optimizers)), [*ends[1:], math.inf], strict=True):
+        own = {i - first: state for i, state in states.items() if first <= i < end}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": own})
     return int(metadata["done"]), json.loads(metadata["history"])
 
 
@@ -83,20 +93,21 @@ def termination() -> Iterator[threading.Event]:
 
 
 def take_step(
-    named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, figures: dict[str, float], update: int, max_grad_norm: float
+    named: dict[str, nn.Parameter], optimizers: Sequence[Optimizer], figures: dict[str, float], update: int, max_grad_norm: float
 ) -> float:
-    """One step of the optimizer by the clipped gradients; returns their norm before that. UserError where a number is not finite."""
+    """One step of the optimizers by the clipped gradients; returns their norm before that. UserError where a number is not finite."""
     check_finite({key: torch.tensor(figures[key]) for key in ("loss",) if key in figures}, update, "the value")
     check_finite({name: p.grad for name, p in named.items()}, update, "the gradient")
     norm = nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     check_finite(named, update, "the value")
     return norm.item()
 
 
 def run(
     named: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[Optimizer],
     gradient: Callable[[int], dict[str, float]],
     probe: Callable[[int], dict[str, float]],
     num_updates: int,
@@ -116,20 +127,23 @@ def run(
     group's learning rate. Raises Stopped after SIGTERM, with the checkpoint written; `stop_every` is how many updates belong together.
     """
     checkpoint = folder / "checkpoints" / CHECKPOINT
-    rates = [group["lr"] for group in optimizer.param_groups]
-    done, history = load_checkpoint(checkpoint, named, optimizer, settings)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    done, history = load_checkpoint(checkpoint, named, optimizers, settings)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading makes them anew
     for row, function in itertools.product(history, on_row):  # whoever listens hears of all updates, whichever process made them
         function(row)
     bar = tqdm(initial=done, total=num_updates, desc="fine-tuning", mininterval=2, disable=not is_main())
     with bar, termination() as terminated:
         for update in range(done, num_updates):
             started = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            for group, highest in zip(optimizer.param_groups, rates, strict=True):
+            for parameter in named.values():
+                parameter.grad = None
+            for group, highest in zip(groups, rates, strict=True):
                 group["lr"] = highest * rate(update)
             figures = gradient(update)
             stop = sum_gradients(list(named.values()), terminated.is_set())
-            norm = take_step(named, optimizer, figures, update, max_grad_norm)
+            norm = take_step(named, optimizers, figures, update, max_grad_norm)
             last, stop = update + 1 == num_updates, stop and (update + 1) % stop_every == 0
             row = {"update": update + 1, **figures, "grad_norm": norm, "seconds": time.perf_counter() - started}
             if ((update + 1) % probe_every == 0 or last) and is_main():
@@ -141,7 +155,7 @@ def run(
                 function(history[-1])
             if ((update + 1) % checkpoint_every == 0 or last or stop) and is_main():
                 metadata = {"done": str(update + 1), "history": json.dumps(history), "settings": settings}
-                save_checkpoint(checkpoint, named, optimizer, metadata)
+                save_checkpoint(checkpoint, named, optimizers, metadata)
                 write_history(folder, history)
             if stop and not last:
                 raise Stopped(f"SIGTERM: stopped after update {update + 1} of {num_updates}; {checkpoint} has it, and the next run goes on")

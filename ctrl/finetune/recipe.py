@@ -65,7 +65,7 @@ def train(
     online = config["trainer"] != "supervised"
     gradient = gradient_function(task, log_prob, config) if online else supervised_gradient(task, examples, config)
     return loop.run(
-        task.control.parameters(), optimizer_of(task.control, config), gradient, probe, num_updates, folder, config["max_grad_norm"],
+        task.control.parameters(), [optimizer_of(task.control, config)], gradient, probe, num_updates, folder, config["max_grad_norm"],
         config["checkpoint_every"], config["probe"]["every"], identity, on_row,
         lambda update: learning_rate_factor(update, num_updates, warmup, decay), updates_per_draw(config),
     )  # fmt: skip
