@@ -1,8 +1,8 @@
 """The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, computed by ctrl/activations.py and not measured on any such card.
 
-Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, gradient checkpointing,
-`speed: {decode_size: 1}`, LoRA of rank 16 on attention, 50 steps. `--check` compares the count with the growth of a process on this
-machine's CPU, on a UNet of middle size.
+Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
+blocks, `speed: {decode_size: 1}`, LoRA of rank 16 on attention, 50 steps. `--check` compares the formula with the growth of a process on
+this machine's CPU, for the networks of Stable Diffusion 1.5 at 256x256 in float32.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, or as a module
 
 from ctrl import errors
-from ctrl.activations import kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.activations import DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
 from ctrl.measure import alone
 
 CARDS, NUM_STEPS, SHARE = (12, 24, 40, 80), 50, 0.92  # GB; of the card, to be filled
@@ -34,7 +34,7 @@ SDXL = {
 }  # fmt: skip
 MODELS = {"Stable Diffusion 1.5": {"sample_size": 64, "cross_attention_dim": 768}, "SDXL": SDXL}
 TEXT_MILLIONS = {"Stable Diffusion 1.5": 123, "SDXL": 123 + 695}  # parameters of the text encoders
-MIDDLE = {"sample_size": 32, "cross_attention_dim": 256, "block_out_channels": (64, 128, 256, 256)}
+MIDDLE = MODELS["Stable Diffusion 1.5"] | {"sample_size": 32}  # 256x256 pixels
 
 
 def unet_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1) -> tuple[UNet2DConditionModel, int, object]:
@@ -52,44 +52,66 @@ def unet_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1
     return unet, trained, lambda: unet(x, t, text, added_cond_kwargs=more if "addition_embed_type" in config else None).sample
 
 
-def computed(name: str, config: dict) -> dict:
-    """What each part takes, in MB, and the largest micro-batch of each card."""
-    unet, trained, run = unet_pass(config, "meta", torch.bfloat16)
-    size = config["sample_size"]
-    with torch.device("meta"):
+def decoding(size: int, device: str, dtype: torch.dtype) -> tuple[AutoencoderKL, object]:
+    """The VAE of these models, and a function that decodes a latent of `size`."""
+    with torch.device(device):
         vae = AutoencoderKL(
             **VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=8 * size
         )  # fmt: skip
-        vae.requires_grad_(False).to(torch.bfloat16)
-        x_0 = torch.zeros(1, 4, size, size, dtype=torch.bfloat16).requires_grad_()
+        vae.requires_grad_(False).to(dtype)
+        x_0 = torch.zeros(1, 4, size, size, dtype=dtype).requires_grad_()
+    return vae, lambda: vae.decode(x_0).sample
+
+
+def computed(name: str, config: dict) -> dict:
+    """What each part takes, in MB, and the largest micro-batch of each card."""
+    size = config["sample_size"]
+    (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.bfloat16), decoding(size, "meta", torch.bfloat16)
     fixed = weights_mb(unet, vae) + TEXT_MILLIONS[name] * 1e6 * 2 / 2**20 + trained_mb(trained)
-    row = {
-        "model": name, "weights_and_optimizer_mb": fixed, "unet_pass_mb": kept_mb(unet, run),
-        "decode_mb": kept_mb(vae, lambda: vae.decode(x_0).sample), "latents_mb": NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20,
-    }  # fmt: skip
-
-    def memory(batch: int) -> float:
-        return training_mb(fixed, row["unet_pass_mb"], row["decode_mb"], row["latents_mb"], batch, 2)
-
-    for card in CARDS:
-        fits = [b for b in (1, 2, 4, 8, 16, 32, 64) if memory(b) <= SHARE * card * 1e9 / 2**20]
-        row[f"{card} GB"] = {"micro_batch_size": max(fits, default=0), "memory_mb": memory(max(fits, default=1))}
+    unet_mb = {"whole passes": kept_mb(unet, run), "blocks": kept_by_blocks_mb(unet, run)}
+    decode_mb = {"whole passes": kept_mb(vae, decode), "blocks": kept_by_blocks_mb(vae, decode)}
+    latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
+    row = {"model": name, "weights_and_optimizer_mb": fixed, "unet_pass_mb": unet_mb, "decode_mb": decode_mb, "latents_mb": latents_mb}
+    for how, kept in unet_mb.items():
+        whole = unet_mb["whole passes"]
+        needed = {b: training_mb(fixed, kept, whole, decode_mb[how], latents_mb, b, 2) for b in (1, 2, 4, 8, 16, 32, 64)}
+        row[how] = {}
+        for card in CARDS:
+            largest = max((b for b, mb in needed.items() if mb <= SHARE * card * 1e9 / 2**20), default=0)
+            row[how][f"{card} GB"] = {"micro_batch_size": largest, "memory_mb": needed[largest or 1]}
     return row
 
 
-def growth(batch_size: int) -> float:
-    """MB by which this process grows while it holds the graph of one pass; called in a process of its own."""
+def growth(what: str, by_blocks: bool) -> float:
+    """MB by which this process grows, at its peak, for one pass and the way back, in a process of its own."""
     torch.set_num_threads(1)
 
-    def held() -> float:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")) / 2**10
+    def now(key: str) -> float:
+        """VmRSS is what the process has, VmHWM the most that it had since the reset."""
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 2**10
 
-    _, _, run = unet_pass(MIDDLE, "cpu", torch.float32, batch_size)
+    network, run = checked(what, "cpu")
     with torch.no_grad():
         run()
-    before = held()
-    out = run()
-    return held() - before + 0 * len(out)
+    if by_blocks:
+        network.enable_gradient_checkpointing()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = now("VmRSS")
+    run().sum().backward()
+    return now("VmHWM") - before
+
+
+def checked(what: str, device: str) -> tuple[torch.nn.Module, object]:
+    """A network that is measured, and a function that makes one pass of it."""
+    return unet_pass(MIDDLE, device, torch.float32)[::2] if what == "UNet" else decoding(MIDDLE["sample_size"], device, torch.float32)
+
+
+def check(what: str, by_blocks: bool) -> dict:
+    """What is counted beside what is measured."""
+    network, run = checked(what, "meta")
+    whole, kept = kept_mb(network, run), (kept_by_blocks_mb if by_blocks else kept_mb)(network, run)
+    formula = kept + TEMPORARIES * whole if what == "UNet" else DECODING * kept
+    return {"network": what, "by_blocks": by_blocks, "kept_mb": kept, "formula_mb": formula, "measured_mb": alone(growth, what, by_blocks)}
 
 
 def main() -> None:
@@ -97,9 +119,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare with this machine's CPU instead")
     args = parser.parse_args()
     if args.check:
-        sizes = (2, 8)
-        predicted = {b: kept_mb(unet, run) for b in sizes for unet, _, run in [unet_pass(MIDDLE, "meta", torch.float32, b)]}
-        rows = [{"batch_size": b, "predicted_mb": predicted[b], "measured_mb": alone(growth, b)} for b in sizes]
+        rows = [check(what, by_blocks) for what in ("UNet", "VAE") for by_blocks in (False, True)]
     else:
         rows = [computed(name, config) for name, config in MODELS.items()]
     print(json.dumps(rows, indent=2))

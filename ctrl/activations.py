@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONTEXT_MB = 1500.0  # assumed, not measured: CUDA's context and cuDNN's workspaces
-OVERHEAD = 1.4  # of what is kept: temporaries and gaps between allocations; `benchmarks/memory.py --check` measures it on a CPU
+TEMPORARIES = 0.65  # of what a whole pass of the UNet keeps, beside what is kept; `benchmarks/memory.py --check` measures it on a CPU
+DECODING = 1.2  # times what decoding keeps; measured there, too
 
 
 class _Attention(torch.autograd.Function):
@@ -41,6 +42,25 @@ def kept_mb(network: nn.Module, function: Callable[[], object]) -> float:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) / 2**20
 
 
+def kept_by_blocks_mb(unet: nn.Module, function: Callable[[], object]) -> float:
+    """`kept_mb` where the diffusers model `unet` computes its blocks again: what goes into each, and the inside of the largest."""
+    inputs: dict[int, torch.UntypedStorage] = {}
+    largest = 0.0
+
+    def checkpoint(block: nn.Module, *arguments) -> Tensor:
+        nonlocal largest
+        for tensor in (a for a in arguments if isinstance(a, Tensor)):
+            inputs.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage())
+        results = []
+        largest = max(largest, kept_mb(block, lambda: results.append(block(*arguments))))
+        return results[0]
+
+    unet.enable_gradient_checkpointing(checkpoint)
+    outside = kept_mb(unet, function)
+    unet.disable_gradient_checkpointing()
+    return outside + sum(storage.nbytes() for storage in inputs.values()) / 2**20 + largest
+
+
 def weights_mb(*networks: nn.Module) -> float:
     """MB of all weights."""
     return sum(p.numel() * p.element_size() for network in networks for p in network.parameters()) / 2**20
@@ -51,12 +71,15 @@ def trained_mb(number: int) -> float:
     return number * 16 / 2**20
 
 
-def training_mb(fixed_mb: float, unet_mb: float, decode_mb: float, latents_mb: float, micro_batch_size: int, passes: int) -> float:
+def training_mb(
+    fixed_mb: float, kept: float, whole_mb: float, decode_mb: float, latents_mb: float, micro_batch_size: int, passes: int
+) -> float:
     """The peak of a training with gradient checkpointing and decoding image by image, in MB.
 
-        context + weights and optimizer + overhead · max(B · passes · UNet pass of one image, decoding one image) + B · latents
+        context + weights and optimizer + max(B · passes · (kept + 0.65 · whole pass), 1.2 · decoding one image) + B · latents
 
-    `fixed_mb` are weights and optimizer, `unet_mb` what one image's pass keeps, `passes` 2 with prompt guidance, `latents_mb` of a
-    trajectory: what each step keeps to begin its pass again.
+    `fixed_mb` are weights and optimizer, `kept` what autograd keeps of one image's pass, by blocks or, as `whole_mb`, of all of it,
+    `passes` 2 with prompt guidance, `latents_mb` of a trajectory: what each step keeps to begin its pass again.
     """
-    return CONTEXT_MB + fixed_mb + OVERHEAD * max(micro_batch_size * passes * unet_mb, decode_mb) + micro_batch_size * latents_mb
+    unet_mb = micro_batch_size * passes * (kept + TEMPORARIES * whole_mb)
+    return CONTEXT_MB + fixed_mb + max(unet_mb, DECODING * decode_mb) + micro_batch_size * latents_mb

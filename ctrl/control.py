@@ -59,6 +59,7 @@ class Control:
             unet.class_embedding = LabelEmbedding(space, width, base.device)
         self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
         self._merged: list[tuple[nn.Module, dict[bool, Tensor]]] = []
+        self._on = True
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -81,7 +82,37 @@ class Control:
         finally:
             self._switch(True)
 
+    def recompute_blocks(self) -> None:
+        """From now on a pass keeps what goes into each of the network's blocks alone; what is inside is computed again on the way back.
+
+        By then the LoRA may be on that was off in the pass, or trained that was held: each block is computed again as it was.
+        """
+        parameters = list(self.parameters().values())
+
+        def checkpoint(block: nn.Module, *arguments):
+            was = self._on, parameters[0].requires_grad
+
+            def again(*arguments):
+                now = self._on, parameters[0].requires_grad
+                self._restore(parameters, *was)
+                try:
+                    return block(*arguments)
+                finally:
+                    self._restore(parameters, *now)
+
+            return torch.utils.checkpoint.checkpoint(again, *arguments, use_reentrant=False)
+
+        self.base.unet.enable_gradient_checkpointing(checkpoint)
+
+    def _restore(self, parameters: Sequence[nn.Parameter], on: bool, trained: bool) -> None:
+        if on != self._on:
+            self._switch(on)
+        if trained != parameters[0].requires_grad:
+            for parameter in parameters:
+                parameter.requires_grad_(trained)
+
     def _switch(self, on: bool) -> None:
+        self._on = on
         for layer in self._layers:
             layer._disable_adapters = not on
         for module, weights in self._merged:

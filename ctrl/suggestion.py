@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ctrl.doctor import DEAD
 
+RECOMPUTED = {"backprop, recomputed": True, "backprop, by blocks": "blocks"}  # gradient checkpointing, in the order to try
 MARGIN = 0.8  # of the free memory, to be filled
 STAKE = 10.0  # nats of reward, of gamma times log p, to be gained at the start beyond a guess; a path KL of this size is soon paid
 STARTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)  # temperature.start, per gamma 1
@@ -61,12 +62,12 @@ def fitting(cost: Mapping, free_mb: float | None) -> int | None:
 
 
 def trainer_and_memory(costs: Mapping[str, dict], free_mb: float | None, dull: bool) -> list[Setting]:
-    """trainer, micro_batch_size and gradient_checkpointing; `costs` by trainer, also `backprop, recomputed` where it was measured.
+    """trainer, micro_batch_size and gradient_checkpointing; `costs` by trainer, also those of RECOMPUTED that were measured.
 
     `dull`: the classifier's gradient is of no use.
     """
     free = "" if free_mb is None else f" of {free_mb:.0f} MB that are free"
-    order = ("policy_gradient",) if dull else ("backprop", "backprop, recomputed", "adjoint")
+    order = ("policy_gradient",) if dull else ("backprop", *RECOMPUTED, "adjoint")
     fits = {name: fitting(costs[name], free_mb) for name in order if "seconds_per_update" in costs.get(name, {})}
     if not fits:
         return []

@@ -46,5 +46,7 @@ def trainer_costs(config: dict, args: argparse.Namespace, examples: bool, free_m
     for name, recipe in recipes.items():
         fits = add(name, recipe)
         if name == "backprop" and not fits and not recipe["finetune"]["gradient_checkpointing"]:
-            add("backprop, recomputed", merge(recipe, {"finetune": {"gradient_checkpointing": True}}))
+            for how, checkpointing in suggestion.RECOMPUTED.items():
+                if add(how, merge(recipe, {"finetune": {"gradient_checkpointing": checkpointing}})):
+                    break
     return costs, findings

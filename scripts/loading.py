@@ -102,7 +102,7 @@ def new_control(base: Base, process: Process, space: Factors | Continuous, confi
     settings = config["finetune"]
     min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
     control = Control(base, space, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
-    prepare(control, settings["speed"])
+    prepare(control, settings)
     return control
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import unet_pass
-from ctrl.activations import CONTEXT_MB, OVERHEAD, kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.activations import CONTEXT_MB, DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
 
 SMALL = {"sample_size": 16, "cross_attention_dim": 32, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
 SMALL |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
@@ -25,7 +25,18 @@ def test_a_unet_without_data_keeps_what_one_with_data_keeps():
     assert kept_mb(twice, run) == pytest.approx(2 * found[0], rel=0.05)
 
 
+def test_a_unet_of_blocks_keeps_what_goes_into_them():
+    """Far less than a pass, alike with data and without, in proportion to the batch; and a pass is what it was afterwards."""
+    unet, _, run = unet_pass(SMALL, "meta", torch.float32, 2)
+    whole, blocks = kept_mb(unet, run), kept_by_blocks_mb(unet, run)
+    assert 0.1 * whole < blocks < 0.6 * whole and kept_mb(unet, run) == whole
+    with_data, _, run_with_data = unet_pass(SMALL, "cpu", torch.float32, 2)
+    assert kept_by_blocks_mb(with_data, run_with_data) == pytest.approx(blocks, rel=0.05)
+    twice, _, run_twice = unet_pass(SMALL, "meta", torch.float32, 4)
+    assert kept_by_blocks_mb(twice, run_twice) == pytest.approx(2 * blocks, rel=0.05)
+
+
 def test_the_peak_is_the_passes_of_a_batch_or_decoding():
-    assert training_mb(100, 10, 50, 1, micro_batch_size=4, passes=2) == CONTEXT_MB + 100 + OVERHEAD * 80 + 4
-    assert training_mb(100, 10, 50, 1, micro_batch_size=1, passes=2) == CONTEXT_MB + 100 + OVERHEAD * 50 + 1
+    assert training_mb(100, 10, 20, 50, 1, micro_batch_size=4, passes=2) == CONTEXT_MB + 100 + 4 * 2 * (10 + TEMPORARIES * 20) + 4
+    assert training_mb(100, 10, 20, 50, 1, micro_batch_size=1, passes=2) == CONTEXT_MB + 100 + DECODING * 50 + 1
     assert trained_mb(2**20) == 16

@@ -241,6 +241,8 @@ def test_the_trainer_that_fits():
     found = chosen({"backprop": cost(), "adjoint": light}, 2000)
     assert found == {"trainer": "backprop", "micro_batch_size": 8, "gradient_checkpointing": False}
     assert chosen({"backprop": heavy, "backprop, recomputed": recomputed, "adjoint": light}, 2000)["gradient_checkpointing"] is True
+    by_blocks = {"backprop, recomputed": heavy, "backprop, by blocks": cost("backprop", 8, 400.0, gradient_checkpointing="blocks")}
+    assert chosen({"backprop": heavy, **by_blocks, "adjoint": light}, 2000)["gradient_checkpointing"] == "blocks"
     found = chosen({"backprop": heavy, "adjoint": light}, 2000)
     assert found["trainer"] == "adjoint" and found["truncation"] is None
     killed = chosen({"backprop": {"error": "its process was killed"}, "adjoint": light}, 2000)

@@ -70,7 +70,7 @@ def test_autocast_reaches_every_trainer(fresh, trainer):
 
 def test_channels_last_is_a_layout_of_frozen_weights_alone(fresh):
     control = fresh()
-    prepare(control, OFF | {"channels_last": True})
+    prepare(control, CONFIG | {"speed": OFF | {"channels_last": True}})
     trained = control.parameters()
     wide = [(name in trained, p) for name, p in control.base.unet.named_parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     assert {t for t, _ in wide} == {True, False}
@@ -88,6 +88,35 @@ def test_decoding_in_slices_keeps_the_gradient_and_less_memory(fresh):
             in_slices(log_prob_of(base), size)(x_0, torch.zeros(4), 1.0)
         kept.append(sum(t.numel() for t in tensors.values()))
     assert kept[1] < 0.2 * kept[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"truncation": None}, {"truncation": None, "control_variate": True}, {"trainer": "adjoint", "control_variate": True},
+     {"trainer": "policy_gradient"}],
+    ids=["backprop", "held", "adjoint", "policy_gradient"],
+)  # fmt: skip
+def test_blocks_are_computed_again_as_they_were(fresh, settings):
+    """The way back finds the LoRA on and trained, whatever it was in the pass: forgetting that would change the gradient."""
+    control, calls = fresh(), []
+    control.recompute_blocks()
+    control.base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._on))
+    found = updates(control, settings=settings | {"gradient_checkpointing": "blocks"})
+    assert distance(found, updates(fresh(), settings=settings)) < 1e-4
+    assert {True, False} == set(calls) and control._on and all(p.requires_grad for p in control.parameters().values())
+
+
+def test_blocks_keep_less_than_a_pass(fresh):
+    def kept(control) -> int:
+        tensors = {}
+        psi = control.denoiser(control.base.process(2), ["coat"] * 4, torch.zeros(4, dtype=torch.long))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
+            psi(torch.randn(4, *control.base.latent_shape), 0)
+        return sum(t.numel() for t in tensors.values())
+
+    control, plain = fresh(), fresh()
+    control.recompute_blocks()
+    assert kept(control) < 0.5 * kept(plain)
 
 
 def test_fused_adamw_takes_the_same_step(fresh):

@@ -148,6 +148,8 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         return policy_gradient_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
     switch = config["speed"]["autocast"]
+    checkpointing = config["gradient_checkpointing"]  # by blocks alone where no graph spans several steps
+    recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
     log_prob = in_slices(autocast(log_prob, switch, task.control.base.device), config["speed"]["decode_size"])
     # A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.
     softening, gamma = config["temperature"], config["gamma"]
@@ -164,7 +166,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, held, y, noise = batch.part(task, rows, switch, config["gradient_checkpointing"])
+            psi, pre, held, y, noise = batch.part(task, rows, switch, recompute)
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
@@ -214,7 +216,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
             collect(update)
         batch, clipped = held["batch"], []
         for rows, path in zip(rows_of(size).split(config["micro_batch_size"]), held["paths"], strict=True):
-            psi = batch.part(task, rows, switch, config["gradient_checkpointing"])[0]
+            psi = batch.part(task, rows, switch, config["gradient_checkpointing"] is True)[0]
             found = policy_gradient(
                 batch.process, psi, path, held["advantage"][:, rows], settings["clip"], kl_weight, 1 / size,
                 task.control.active(batch.process),

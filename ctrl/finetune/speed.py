@@ -18,12 +18,15 @@ def wanted(switch: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" if switch == "gpu" else bool(switch)
 
 
-def prepare(control: Control, speed: dict) -> None:
-    """The layout of the frozen weights in memory, and compilation, of the networks that `control` is installed in.
+def prepare(control: Control, settings: dict) -> None:
+    """By the finetune section: the frozen weights' layout in memory, compilation, and checkpointing by blocks, of `control`'s networks.
 
     What is trained keeps its layout: that of its gradients, and of the optimizer's state from a checkpoint.
     """
-    base = control.base
+    base, speed = control.base, settings["speed"]
+    if settings["gradient_checkpointing"] == "blocks":
+        control.recompute_blocks()
+        base.pipe.vae.enable_gradient_checkpointing()
     if wanted(speed["channels_last"], base.device):
         for module in (base.unet, base.pipe.vae):
             for weight in module.parameters():
