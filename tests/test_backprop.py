@@ -272,3 +272,4 @@ def test_learning_rate_rises_and_falls():
     factor = [learning_rate_factor(u, 100, 10, "cosine") for u in range(100)]
     assert factor[0] == pytest.approx(0.1) and max(factor) < 1 and factor[50] == pytest.approx(0.5) and factor[99] < 1e-3
     assert [learning_rate_factor(u, 100, 2, "none") for u in (0, 1, 99)] == [0.5, 1.0, 1.0]
+    assert [learning_rate_factor(u, 100, 1, "quadratic") for u in (0, 50, 90)] == pytest.approx([1.0, 0.25, 0.01])
