@@ -34,7 +34,7 @@ SDXL = {
 }  # fmt: skip
 MODELS = {"Stable Diffusion 1.5": {"sample_size": 64, "cross_attention_dim": 768}, "SDXL": SDXL}
 TEXT_MILLIONS = {"Stable Diffusion 1.5": 123, "SDXL": 123 + 695}  # parameters of the text encoders
-MIDDLE = MODELS["Stable Diffusion 1.5"] | {"sample_size": 32}  # 256x256 pixels
+CHECKED = MODELS["Stable Diffusion 1.5"] | {"sample_size": 32}  # 256x256 pixels
 
 
 def unet_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1) -> tuple[UNet2DConditionModel, int, object]:
@@ -103,7 +103,7 @@ def growth(what: str, by_blocks: bool) -> float:
 
 def checked(what: str, device: str) -> tuple[torch.nn.Module, object]:
     """A network that is measured, and a function that makes one pass of it."""
-    return unet_pass(MIDDLE, device, torch.float32)[::2] if what == "UNet" else decoding(MIDDLE["sample_size"], device, torch.float32)
+    return unet_pass(CHECKED, device, torch.float32)[::2] if what == "UNet" else decoding(CHECKED["sample_size"], device, torch.float32)
 
 
 def check(what: str, by_blocks: bool) -> dict:

@@ -42,8 +42,8 @@ def kept_mb(network: nn.Module, function: Callable[[], object]) -> float:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) / 2**20
 
 
-def kept_by_blocks_mb(unet: nn.Module, function: Callable[[], object]) -> float:
-    """`kept_mb` where the diffusers model `unet` computes its blocks again: what goes into each, and the inside of the largest."""
+def kept_by_blocks_mb(network: nn.Module, function: Callable[[], object]) -> float:
+    """`kept_mb` where the diffusers model `network` computes its blocks again: what goes into each, and the inside of the largest."""
     inputs: dict[int, torch.UntypedStorage] = {}
     largest = 0.0
 
@@ -55,9 +55,9 @@ def kept_by_blocks_mb(unet: nn.Module, function: Callable[[], object]) -> float:
         largest = max(largest, kept_mb(block, lambda: results.append(block(*arguments))))
         return results[0]
 
-    unet.enable_gradient_checkpointing(checkpoint)
-    outside = kept_mb(unet, function)
-    unet.disable_gradient_checkpointing()
+    network.enable_gradient_checkpointing(checkpoint)
+    outside = kept_mb(network, function)
+    network.disable_gradient_checkpointing()
     return outside + sum(storage.nbytes() for storage in inputs.values()) / 2**20 + largest
 
 

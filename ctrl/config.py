@@ -123,7 +123,7 @@ def check_across(config: dict, where: str = "config") -> None:
     if (gpus := config["cluster"]["finetune"]["gpus"]) > finetune["batch_size"]:
         raise UserError(f"{where}: cluster.finetune.gpus is {gpus}, finetune.batch_size {finetune['batch_size']}; each GPU takes a share")
     if finetune["gradient_checkpointing"] == "blocks" and finetune["speed"]["compile"]:
-        raise UserError(f"{where}: finetune.gradient_checkpointing is blocks; finetune.speed.compile, one graph of them all, must be false")
+        raise UserError(f"{where}: finetune.gradient_checkpointing is blocks, which excludes finetune.speed.compile; set that to false")
     softening = finetune["temperature"]
     if softening["hold"] > softening["end"]:
         raise UserError(f"{where}: finetune.temperature.hold is {softening['hold']}; it must not be above its end, {softening['end']}")

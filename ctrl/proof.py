@@ -87,9 +87,10 @@ def train(problem: Problem, name: str, loss: Callable) -> Controlled:
         }
 
     folder = problem.folder / name
+    identity = f"{name} {settings} {MUON} {process.abar_t.tolist()} {problem.seed} {problem.mixture}{problem.label}"
     history = loop.run(
         named, optimizers, gradient, lambda update: {}, num_updates, folder, settings["max_grad_norm"],
-        settings["checkpoint_every"], num_updates, f"{name} {settings} {problem.num_steps} {problem.seed} {problem.mixture}{problem.label}",
+        settings["checkpoint_every"], num_updates, identity,
         rate=lambda u: learning_rate_factor(u, num_updates, settings["warmup_updates"], settings["decay"]),
     )  # fmt: skip
     loop.discard_checkpoint(folder)

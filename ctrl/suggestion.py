@@ -13,6 +13,17 @@ STAKE = 10.0  # nats of reward, of gamma times log p, to be gained at the start 
 STARTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)  # temperature.start, per gamma 1
 
 
+def recomputed(finetune: Mapping) -> dict[str, dict]:
+    """What of RECOMPUTED takes less than the section `finetune` as it is, each with the settings to change; compilation excludes blocks."""
+    order = [False, *RECOMPUTED.values()]
+    more = order[order.index(finetune["gradient_checkpointing"]) + 1 :]
+    return {
+        how: {"gradient_checkpointing": level}
+        for how, level in RECOMPUTED.items()
+        if level in more and not (level == "blocks" and finetune["speed"]["compile"])
+    }
+
+
 @dataclass(frozen=True)
 class Setting:
     """A key of `finetune`, its value as YAML, and why."""
@@ -103,7 +114,8 @@ def memory_text(name: str, cost: Mapping, free_mb: float | None) -> str | None:
     if free_mb is None or cost["memory_mb"] <= free_mb:
         return None
     key = "batch_size" if cost["trainer"] == "supervised" else "micro_batch_size"
-    more = " or set finetune.gradient_checkpointing" if cost["trainer"] == "backprop" and not cost["gradient_checkpointing"] else ""
+    level = {False: "true", True: "blocks"}.get(cost["gradient_checkpointing"]) if cost["trainer"] == "backprop" else None
+    more = f" or set finetune.gradient_checkpointing: {level}" if level else ""
     taken = f"{cost['memory_mb']:.0f} MB for {cost[key]} at a time, {free_mb:.0f} MB are free"
     return f"memory: {name} takes {taken}; lower finetune.{key} ({cost[key]}){more}"
 

@@ -28,7 +28,7 @@ def trainer_cost(config: dict, args: argparse.Namespace) -> dict:
 
 
 def trainer_costs(config: dict, args: argparse.Namespace, examples: bool, free_mb: float | None) -> tuple[dict, list[Finding]]:
-    """The cost of every trainer, or why there is none; of back-propagation also with checkpointing, where it does not fit without."""
+    """The cost of every trainer, or why there is none; of back-propagation also with more checkpointing, where it does not fit."""
     costs, findings = {}, []
     recipes = doctor.recipes(config, examples)
 
@@ -45,8 +45,8 @@ def trainer_costs(config: dict, args: argparse.Namespace, examples: bool, free_m
 
     for name, recipe in recipes.items():
         fits = add(name, recipe)
-        if name == "backprop" and not fits and not recipe["finetune"]["gradient_checkpointing"]:
-            for how, checkpointing in suggestion.RECOMPUTED.items():
-                if add(how, merge(recipe, {"finetune": {"gradient_checkpointing": checkpointing}})):
+        if name == "backprop" and not fits:
+            for how, settings in suggestion.recomputed(recipe["finetune"]).items():
+                if add(how, merge(recipe, {"finetune": settings})):
                     break
     return costs, findings

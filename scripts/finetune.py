@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main, lower="finetune.micro_batch_size or set finetune.gradient_checkpointing: true")
+    errors.main(main, lower="finetune.micro_batch_size or set finetune.gradient_checkpointing: true, or blocks")

@@ -101,6 +101,7 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune: {truncation: [3, 1]}", "null or [low, high]"),
         ("finetune: {truncation: 3}", "null or [low, high]"),
         ("finetune: {trainer: adjoint, truncation: [1, 3]}", "finetune.trainer is adjoint; it takes no truncation"),
+        ("finetune: {gradient_checkpointing: blocks, speed: {compile: gpu}}", "blocks, which excludes finetune.speed.compile"),
         ("finetune: {trainer: adjoint, kl_weight: 0}", "finetune.trainer is adjoint; it takes no truncation"),
         ("finetune: {trainer: policy_gradient, checkpoint_every: 25}", "a multiple of policy_gradient.reuse: not 25 with 2"),
         ("finetune: {trainer: adjoints}", "one of backprop, adjoint"),

@@ -119,7 +119,7 @@ def test_results_that_are_read_only(small_disk):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    return copy_repository(tmp_path_factory.mktemp("faults") / "repository")
+    return copy_repository(tmp_path_factory.mktemp("disks") / "repository")
 
 
 ARGUMENTS = ("--cores", "1", "--configfile", "config/smoke.yaml")

@@ -252,11 +252,21 @@ def test_the_trainer_that_fits():
     assert suggestion.trainer_and_memory({}, 2000, False) == [] and suggestion.fragment([], CONFIG["adapters"]) == ""
 
 
+def test_what_is_tried_where_a_training_does_not_fit():
+    def tried(level, compiled=False):
+        found = suggestion.recomputed({"gradient_checkpointing": level, "speed": {"compile": compiled}})
+        return [settings["gradient_checkpointing"] for settings in found.values()]
+
+    assert tried(False) == [True, "blocks"] and tried(True) == ["blocks"] and tried("blocks") == [] and tried(False, "gpu") == [True]
+
+
 def test_too_much_memory_is_a_line_with_the_setting_to_lower():
     assert suggestion.memory_text("backprop", cost(), 1000) is None and suggestion.memory_text("backprop", cost(), None) is None
     line = suggestion.memory_text("backprop", cost(), 500)
     assert "takes 900 MB for 8 at a time, 500 MB are free" in line
-    assert "lower finetune.micro_batch_size (8) or set finetune.gradient_checkpointing" in line
+    assert "lower finetune.micro_batch_size (8) or set finetune.gradient_checkpointing: true" in line
+    again = suggestion.memory_text("backprop", cost("backprop", 8, 900.0, gradient_checkpointing=True), 500)
+    assert again.endswith("(8) or set finetune.gradient_checkpointing: blocks")
     assert "lower finetune.batch_size (8)" in suggestion.memory_text("supervised", cost("supervised"), 500)
 
 

@@ -1,4 +1,4 @@
-"""What can fail under a run: disk, inputs, clock, memory, numbers, a second run. One line each, and nothing is left half written."""
+"""What can fail under a run: inputs, clock, numbers, a second run. One line each, and nothing is left half written."""
 
 import json
 import os

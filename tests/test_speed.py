@@ -92,14 +92,15 @@ def test_decoding_in_slices_keeps_the_gradient_and_less_memory(fresh):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"truncation": None}, {"truncation": None, "control_variate": True}, {"trainer": "adjoint", "control_variate": True},
-     {"trainer": "policy_gradient"}],
-    ids=["backprop", "held", "adjoint", "policy_gradient"],
+    [{"truncation": None}, {"truncation": None, "control_variate": True}, {"truncation": [1, 2], "num_terms": 1},
+     {"trainer": "adjoint", "control_variate": True}, {"trainer": "policy_gradient"}],
+    ids=["backprop", "held", "truncated", "adjoint", "policy_gradient"],
 )  # fmt: skip
 def test_blocks_are_computed_again_as_they_were(fresh, settings):
     """The way back finds the LoRA on and trained, whatever it was in the pass: forgetting that would change the gradient."""
     control, calls = fresh(), []
-    control.recompute_blocks()
+    prepare(control, CONFIG | {"speed": OFF, "gradient_checkpointing": "blocks"})
+    assert control.base.pipe.vae.is_gradient_checkpointing
     control.base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._on))
     found = updates(control, settings=settings | {"gradient_checkpointing": "blocks"})
     assert distance(found, updates(fresh(), settings=settings)) < 1e-4

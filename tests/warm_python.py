@@ -1,15 +1,21 @@
 """A Python whose libraries are loaded already: the workflow's scripts start in forks of it, and not in 8 seconds each.
 
-Tests that run the workflow for its results use it (`repository.snakemake`); those of clusters and kills start Python as users do. In the
-shells that find BASH_ENV in their environment, `python SCRIPT ...` is a function: it hands its arguments, folder, environment and streams
-to a server, which forks, and waits for the exit code. A fork loads the code in its own PYTHONPATH: the server loads libraries alone.
+What `repository.snakemake` runs uses it. In the shells that find BASH_ENV in their environment, `python SCRIPT ...` is a function: it hands
+its arguments, folder, environment and streams to a server, which forks, and waits for the exit code. A fork loads the code in its own
+PYTHONPATH: the server loads libraries alone. Two things are not as in a Python of one's own: all forks have one seed of hashes, and
+BLAS one thread. test_slurm and test_kills start jobs as users do.
 """
 
 import array
 import atexit
+import contextlib
 import functools
 import json
+import multiprocessing.process
 import os
+import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +25,8 @@ import traceback
 from pathlib import Path
 
 LIBRARIES = ["torch", "diffusers", "peft", "transformers", "torch._dynamo", "pandas", "matplotlib.figure", "scipy.stats", "scipy.optimize"]
+KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")  # of the environment that libraries are loaded in
+THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # they read it when they are loaded; torch is told by scripts
 CLIENT = """
 import array, json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -35,13 +43,14 @@ sys.exit(answer[0] if answer else 1)
 @functools.cache
 def environment_of_jobs() -> dict[str, str]:
     """What the environment of Snakemake needs so that its jobs start in forks; starts this process's server, which ends with it."""
-    folder = Path(tempfile.mkdtemp(prefix="warm"))
+    folder = Path(tempfile.mkdtemp(prefix="warm", dir="/tmp"))  # a socket's address has 108 bytes at most
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address, client, shell = str(folder / "socket"), folder / "client.py", folder / "shell"
     client.write_text(CLIENT.format(address=address))
-    shell.write_text(
-        f'python() {{ case "$1" in scripts/*.py) {sys.executable} -SEs {client} "$@" ;; *) {sys.executable} "$@" ;; esac; }}\n'
-    )
-    server = subprocess.Popen([sys.executable, __file__, address], cwd=folder)
+    python = shlex.quote(sys.executable)
+    shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
+    environment = {key: os.environ[key] for key in KEPT if key in os.environ} | THREADS
+    server = subprocess.Popen([sys.executable, __file__, address, str(os.getpid())], cwd=folder, env=environment)
     atexit.register(server.terminate)
     deadline = time.monotonic() + 120
     while not Path(address).exists():
@@ -57,6 +66,7 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], streams:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(folder)
+    multiprocessing.process.ORIGINAL_DIR = folder
     os.environ.clear()
     os.environ.update(environment)
     script, *sys.argv[1:] = arguments
@@ -79,44 +89,71 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], streams:
 
 
 def read_request(client: socket.socket) -> tuple[list, list[int]]:
-    """What the client sent, and its three streams."""
+    """What the client sent, and its three streams; ConnectionError where it was cut off."""
     size, ancillary, *_ = client.recvmsg(4, socket.CMSG_SPACE(12))
-    streams = array.array("i", ancillary[0][2]).tolist()
-    request = b""
-    while len(request) < int.from_bytes(size, "big"):
-        request += client.recv(1 << 16)
-    return json.loads(request), streams
+    if len(size) < 4 or not ancillary:
+        raise ConnectionError("no request")
+    request, length = b"", int.from_bytes(size, "big")
+    while len(request) < length:
+        if not (part := client.recv(1 << 16)):
+            raise ConnectionError("half a request")
+        request += part
+    return json.loads(request), array.array("i", ancillary[0][2]).tolist()
 
 
-def serve(address: str) -> None:
-    """Forks for every client, and tells it how that ended; ends with the process that started it."""
+def start(server: socket.socket, running: dict[int, socket.socket]) -> None:
+    """Forks for the next client, if there is one."""
+    try:
+        client, _ = server.accept()
+        client.setblocking(True)
+        request, streams = read_request(client)
+    except (TimeoutError, ConnectionError):
+        return
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for other in (server, client, *running.values()):
+            other.close()
+        os._exit(run(*request, streams))
+    running[pid] = client
+    for stream in streams:
+        os.close(stream)
+
+
+def gone(client: socket.socket) -> bool:
+    """Whether it was closed; an end of the stream is all that a client says after its request."""
+    try:
+        return client.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def serve(address: str, parent: int) -> None:
+    """Forks for every client, and tells it how that ended; ends with the process `parent`, and its forks with it or with their client."""
     for library in LIBRARIES:
         __import__(library)
-    parent, running = os.getppid(), {}
-    server = socket.socket(socket.AF_UNIX)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    server, running = socket.socket(socket.AF_UNIX), {}
     server.bind(address + ".new")
     server.listen()
     server.settimeout(0.02)
     os.rename(address + ".new", address)
-    while os.getppid() == parent:
-        try:
-            client, _ = server.accept()
-            client.setblocking(True)
-            request, streams = read_request(client)
-            if (pid := os.fork()) == 0:
-                os._exit(run(*request, streams))
-            running[pid] = client
-            for stream in streams:
-                os.close(stream)
-        except TimeoutError:
-            pass
-        for pid in list(running):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                code = os.waitstatus_to_exitcode(status)
-                with running.pop(pid) as client:
-                    client.sendall(bytes([code if code >= 0 else 128 - code]))
+    try:
+        while os.getppid() == parent:
+            start(server, running)
+            for pid, client in list(running.items()):
+                if gone(client):
+                    os.kill(pid, signal.SIGKILL)
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    code = os.waitstatus_to_exitcode(status)
+                    with running.pop(pid), contextlib.suppress(OSError):
+                        client.sendall(bytes([code if code >= 0 else 128 - code]))
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))

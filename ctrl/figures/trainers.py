@@ -67,8 +67,8 @@ def memory_by_steps(rows: Sequence[Mapping], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5, label=method_name(name))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("sampling steps")
-        checkpointing = "with" if rows[0]["gradient_checkpointing"] else "without"
-        how = f"{rows[0]['micro_batch_size']} trajectories at a time, {checkpointing} checkpointing"
+        checkpointing = {False: "without checkpointing", True: "with checkpointing"}.get(level := rows[0]["gradient_checkpointing"])
+        how = f"{rows[0]['micro_batch_size']} trajectories at a time, {checkpointing or f'checkpointing by {level}'}"
         axes.set_title(f"peak memory above that before training / MB\n{how}", loc="left")
         axes.legend()
         save(figure, path)

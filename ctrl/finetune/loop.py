@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, named: dict[str, nn.Parameter], optimizers: Sequ
         if key.startswith("optimizer/"):
             _, i, name = key.split("/")
             states.setdefault(int(i), {})[name] = value.clone()  # a tensor of the file would keep its place on the disk, deleted or not
-    for optimizer, first, end in zip(optimizers, (ends := places(optimizers)), [*ends[1:], math.inf], strict=True):
+    for optimizer, first, end in zip(optimizers, (firsts := places(optimizers)), [*firsts[1:], math.inf], strict=True):
         own = {i - first: state for i, state in states.items() if first <= i < end}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": own})
     return int(metadata["done"]), json.loads(metadata["history"])

@@ -148,7 +148,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         return policy_gradient_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
     switch = config["speed"]["autocast"]
-    checkpointing = config["gradient_checkpointing"]  # by blocks alone where no graph spans several steps
+    checkpointing = config["gradient_checkpointing"]  # with blocks, whole passes too where one graph spans all steps
     recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
     log_prob = in_slices(autocast(log_prob, switch, task.control.base.device), config["speed"]["decode_size"])
     # A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.

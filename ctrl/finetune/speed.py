@@ -1,6 +1,6 @@
-"""Ways to compute the same update in less time or memory: the section `finetune.speed` of the config; docs/speed.md has what each gave.
+"""Ways to compute the same update in less time or memory: `finetune.speed` and `gradient_checkpointing`; docs/speed.md has what each gave.
 
-Three of them say `gpu`, only where there is one: on a CPU they gain nothing. None changes what is computed but for rounding.
+A switch that says `gpu` is on only where there is one: on a CPU it gains nothing. None changes what is computed but for rounding.
 """
 
 from collections.abc import Callable
