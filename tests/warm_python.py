@@ -44,7 +44,6 @@ sys.exit(answer[0] if answer else 1)
 def environment_of_jobs() -> dict[str, str]:
     """What the environment of Snakemake needs so that its jobs start in forks; starts this process's server, which ends with it."""
     folder = Path(tempfile.mkdtemp(prefix="warm", dir="/tmp"))  # a socket's address has 108 bytes at most
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address, client, shell = str(folder / "socket"), folder / "client.py", folder / "shell"
     client.write_text(CLIENT.format(address=address))
     python = shlex.quote(sys.executable)
@@ -153,6 +152,7 @@ def serve(address: str, parent: int) -> None:
     finally:
         for pid in running:
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":
