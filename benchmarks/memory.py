@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 from ctrl import errors
 from ctrl.activations import DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
-from ctrl.measure import alone
+from ctrl.measure import alone, status_mb
 
 CARDS, NUM_STEPS, SHARE = (12, 24, 40, 80), 50, 0.92  # GB; of the card, to be filled
 KEPT = 6  # float32 tensors of a latent's shape that a step keeps: x_t, its noise, eps of psi and pre, and what the KL needs of them
@@ -85,20 +85,15 @@ def computed(name: str, config: dict) -> dict:
 def growth(what: str, by_blocks: bool) -> float:
     """MB by which this process grows, at its peak, for one pass and the way back, in a process of its own."""
     torch.set_num_threads(1)
-
-    def now(key: str) -> float:
-        """VmRSS is what the process has, VmHWM the most that it had since the reset."""
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)) / 2**10
-
     network, run = checked(what, "cpu")
     with torch.no_grad():
         run()
     if by_blocks:
         network.enable_gradient_checkpointing()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = now("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status_mb("VmRSS")
     run().sum().backward()
-    return now("VmHWM") - before
+    return status_mb("VmHWM") - before
 
 
 def checked(what: str, device: str) -> tuple[torch.nn.Module, object]:

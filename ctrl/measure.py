@@ -19,6 +19,8 @@ from ctrl.finetune import loop
 from ctrl.finetune.recipe import Examples, LogProb, Task, gradient_function, optimizer_of, supervised_gradient, updates_per_draw
 from ctrl.pairs import draw
 
+STATUS = Path("/proc/self/status")
+
 
 def seconds(function: Callable[[], object], device: torch.device | str = "cpu", repeats: int = 2) -> float:
     """The median time of `repeats` calls, after one that is not counted."""
@@ -89,10 +91,14 @@ def alone(function: Callable, *arguments: object) -> object:
 
 def peak_memory_mb(base: Base) -> float:
     """The most memory that this process held; unlike `getrusage`'s, the machine's own figure does not start at the parent's."""
-    status = Path("/proc/self/status")
-    if base.device.type == "cuda" or not status.exists():
+    if base.device.type == "cuda" or not STATUS.exists():
         return base.peak_memory_mb()
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+    return status_mb("VmHWM")
+
+
+def status_mb(key: str) -> float:
+    """What Linux says of this process, in MB: VmRSS is what it holds, VmHWM the most that it held."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(key)) / 2**10
 
 
 def free_memory_mb(device: torch.device | str = "cpu") -> float | None:

@@ -54,6 +54,22 @@ def tiny_sd(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapter(tiny_sd, tmp_path_factory):
+    """A scrambled adapter of three labels, as a stranger may send one; a file with its own `adapter` means another."""
+    from tests.strangers import new_adapter
+
+    return new_adapter(tiny_sd, tmp_path_factory.mktemp("strangers") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd):
+    """The tiny base, loaded once a file."""
+    from ctrl import base
+
+    return base.load(tiny_sd)
+
+
 @pytest.fixture
 def base(tiny_sd):
     from ctrl import base

@@ -8,22 +8,11 @@ import pytest
 import torch
 
 import ctrl
-from ctrl import base as bases
 from ctrl import io
 from ctrl.errors import UserError
-from tests.strangers import copy_of, edit_json, edit_tensors, new_adapter, one_line
+from tests.strangers import copy_of, edit_json, edit_tensors, one_line
 
 LORA, EMBEDDING = "pytorch_lora_weights.safetensors", "label_embedding.safetensors"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_sd, tmp_path_factory):
-    return new_adapter(tiny_sd, tmp_path_factory.mktemp("strangers") / "adapter")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_sd):
-    return bases.load(tiny_sd)
 
 
 def header(size: int, text: bytes = b"{}"):

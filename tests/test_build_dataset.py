@@ -12,7 +12,8 @@ from PIL import Image
 
 from ctrl import errors, io, tracking
 from scripts import build_dataset, unpack_images
-from tests.test_data import write_folder, write_idx
+from tests.test_data import write_folder
+from tests.test_garments import write_idx
 
 
 class Recorder:

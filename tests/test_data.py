@@ -1,6 +1,5 @@
 """The offline dataset: what is kept, what is refused and why, and that nothing leaks between the splits."""
 
-import gzip
 import io
 import shutil
 from pathlib import Path
@@ -11,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl import bins, data, garments, oracles, pictures
+from ctrl import bins, data, oracles, pictures
 from ctrl.errors import UserError
 from ctrl.figures import histogram
 
 SHARES = {"train": 0.8, "val": 0.1, "calibration": 0.1}
 LABEL = {"oracle": "jpeg_size", "edges": "quantiles", "num_classes": 4, "descending": True}
-IDX = Path(__file__).parent.parent / "resources" / "fashion-mnist"
 
 
 def write_folder(folder: Path, n: int, size: int = 8, seed: int = 0) -> pd.DataFrame:
@@ -61,18 +59,6 @@ def test_scores_labels_and_counts(folder):
     train = table[table["split"] == "train"]
     assert train["label"].value_counts().max() - train["label"].value_counts().min() <= 4
     assert not set(report["edges"]) & set(train["score_jpeg_size"])
-
-
-def test_quantiles_of_the_training_split_alone():
-    assert bins.bin_edges(np.arange(8.0), "quantiles", 4) == [1.5, 3.5, 5.5]
-    assert bins.bin_edges(np.arange(8.0), [1, 2.5], 4) == [1, 2.5]
-    assert bins.bin_edges(np.array([0.0] * 6 + [1.0] * 2), "quantiles", 2) == [0.5]
-
-
-@pytest.mark.parametrize("scores", [np.zeros(10), np.r_[np.zeros(50), 1.0], np.array([1.0])])
-def test_quantiles_that_coincide(scores):
-    with pytest.raises(UserError, match="quantiles of the scores coincide.*lower label.num_classes"):
-        bins.bin_edges(scores, "quantiles", 3)
 
 
 def test_paths_load_from_the_working_directory(folder, tmp_path, monkeypatch):
@@ -189,22 +175,6 @@ def test_a_label_without_images(folder):
         build(folder, edges=[2, 1])
 
 
-def test_load_images_names_the_file(folder):
-    with pytest.raises(UserError, match=r"nothing.png: missing file"):
-        pictures.load_images([folder / "000.png", folder / "nothing.png"])
-    Image.new("RGB", (4, 4)).save(folder / "small.png")
-    with pytest.raises(UserError, match=r"small.png has \(4, 4\) pixels"):
-        pictures.load_images([folder / "000.png", folder / "small.png"])
-    with pytest.raises(UserError, match="no images"):
-        pictures.load_images([])
-
-
-def test_modes_become_rgb(tmp_path):
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(tmp_path / f"{mode}.tif")
-    assert (pictures.load_images(sorted(tmp_path.iterdir())) == 255).all()
-
-
 def test_histogram_counts_every_image(folder):
     table, report = build(folder)
     axes = histogram.histogram(table, report).axes[0]
@@ -213,40 +183,6 @@ def test_histogram_counts_every_image(folder):
         f"{y}: {name} (n = {(table['label'] == y).sum()})" for y, name in enumerate(report["label_names"])
     ]
     histogram.histogram(table, report).savefig(io.BytesIO())
-
-
-def write_idx(folder: Path, n: int) -> None:
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), np.uint8)
-    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes(i % 10 for i in range(n))))
-
-
-def test_unpack(tmp_path):
-    write_idx(tmp_path / "idx", 30)
-    table = garments.unpack(tmp_path / "idx", "t10k", ["{}", "a {}"], 32, tmp_path / "images")
-    read = data.read_table(tmp_path / "images")
-    pd.testing.assert_frame_equal(read, table, check_dtype=False)
-    assert set(read.columns) == {"file_name", "prompt", "subject"} and read["subject"].tolist() == garments.GARMENTS * 3
-    assert {p.replace(s, "{}") for p, s in zip(read["prompt"], read["subject"], strict=True)} == {"{}", "a {}"}
-    expected, _ = garments.read_idx(tmp_path / "idx", "t10k")
-    assert torch.equal(pictures.load_images(tmp_path / "images" / name for name in read["file_name"]), expected)
-
-
-def test_unpack_bad_files(tmp_path):
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz is missing"):
-        garments.unpack(tmp_path, "t10k", ["{}"], 32, tmp_path / "images")
-    write_idx(tmp_path / "idx", 30)
-    path = tmp_path / "idx" / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="are corrupt"):
-        garments.unpack(tmp_path / "idx", "t10k", ["{}"], 32, tmp_path / "images")
-    assert not (tmp_path / "images").exists()
-
-
-def test_embedded_images_are_there():
-    images, labels = garments.read_idx(IDX, "t10k")
-    assert images.shape == (10_000, 3, 32, 32) and labels.bincount().tolist() == [1000] * 10
 
 
 FACTORS = [LABEL | {"num_classes": 2}, {"oracle": "brightness", "edges": [0.5], "num_classes": 2, "descending": False}]

@@ -1,9 +1,8 @@
-"""The doctor: hand-computed gradients, costs and settings; every piece that is broken on purpose is named in one line."""
+"""The doctor: gradients and accuracies by hand; every piece that is broken on purpose is named in one line."""
 
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ import yaml
 from PIL import Image
 
 from ctrl import classifier as classifiers
-from ctrl import doctor, errors, gradients, io, measure, suggestion
+from ctrl import doctor, errors, gradients, io
 from ctrl.classifier import Classifier, Product
 from ctrl.config import merge, resolve
 from ctrl.labels import Factors
@@ -32,9 +31,6 @@ def network(num_classes: int = 2, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     description = {"network": "cnn", "head": "softmax", "num_classes": num_classes, "descending": True}
     return Classifier(description).eval().requires_grad_(False)
-
-
-# Gradients
 
 
 def test_gradients_of_a_linear_world():
@@ -81,9 +77,6 @@ def test_gradient_report_counts_by_label():
     assert row["x_0"][0]["p95"] == pytest.approx(4.8) and report["labels"]["1"]["x_0"][0]["p5"] == 5
 
 
-# Finite differences
-
-
 @pytest.mark.parametrize("several", [False, True])
 def test_a_right_gradient_passes_and_the_classifier_is_left_as_it_was(several):
     classifier = Product([network(2), network(3, seed=1)]) if several else network(3)
@@ -108,9 +101,6 @@ def test_a_wrong_gradient_fails():
 def test_nan_is_no_pass():
     error = gradients.derivative_errors(lambda x: x.flatten(1).sum(1) * torch.nan, torch.ones(2, 1), torch.ones(1, 2, 1), 0.1)
     assert error.isnan().all() and not gradients.summary(error)["p95"] <= gradients.MAX_ERROR
-
-
-# Accuracy
 
 
 def log_probs(guesses) -> torch.Tensor:
@@ -161,46 +151,6 @@ def test_labels_that_are_not_drawn_or_not_recognised_are_named():
     assert finding.bad and "all 9 generated images have label 1" in finding.text
 
 
-# Cost
-
-
-@pytest.mark.parametrize(
-    ("trainer", "timed", "seconds"),
-    [("backprop", [0, 0, 75], 4 * (0.75 * 0 + 0.25 * 75)), ("policy_gradient", [0, 0, 1, 76, 77], 4 * (0.75 * 0.5 + 0.25 * 76.5))],
-)
-def test_an_update_is_weighted_by_its_phase_and_its_reuse(control, monkeypatch, trainer, timed, seconds):
-    """Every update takes as many seconds as its number says."""
-    task, done = SimpleNamespace(control=control, process=control.base.process(4)), []
-    monkeypatch.setattr(measure, "update_function", lambda *_: lambda u: done.append(u) or {"seconds": float(u)})
-    monkeypatch.setattr(measure.loop, "run", lambda p, o, gradient, probe, num, *_: [gradient(k) for k in range(num)])
-    monkeypatch.setattr(measure, "peak_memory_mb", lambda base: 100.0)
-    changes = {"trainer": trainer, "num_updates": 100, "batch_size": 8, "micro_batch_size": 2}
-    cost = measure.update_cost(task, None, CONFIG["finetune"] | changes)
-    assert done == timed and cost["seconds_per_update"] == pytest.approx(seconds)
-    assert cost["hours"] == pytest.approx(seconds * 100 / 3600)
-    held = 6 * (3 * 4 + 1) * 4 * 8 * 8 * 4 / 2**20 if trainer == "policy_gradient" else 0.0
-    assert cost["memory_mb"] == pytest.approx(100 + held)
-
-
-@pytest.mark.parametrize("trainer", ["backprop", "adjoint", "policy_gradient", "supervised"])
-def test_a_real_update_has_a_cost(control, trainer):
-    task = measure.Task(control, control.base.process(3), [(SUBJECTS[0], 0), (SUBJECTS[1], 1)], TEMPLATES, 1.0, 0)
-    changes = {"trainer": trainer, "num_updates": 10, "batch_size": 4, "micro_batch_size": 2}
-    cost = measure.update_cost(task, lambda x, y, temperature: -x.square().flatten(1).mean(1), CONFIG["finetune"] | changes)
-    assert cost["seconds_per_update"] > 0 and cost["memory_mb"] >= cost["memory_before_mb"] > 50 and cost["trainer"] == trainer
-
-
-def test_a_process_of_its_own():
-    assert measure.alone(os.getpid) != os.getpid()
-    with pytest.raises(measure.Killed, match="perhaps for its memory"):
-        measure.alone(os._exit, 1)
-
-
-def test_free_memory_is_less_than_the_machine_has():
-    free = measure.free_memory_mb()
-    assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
-
-
 def test_every_trainer_gets_its_own_recipe():
     found = {name: config["finetune"] for name, config in doctor.recipes(CONFIG, True).items()}
     assert list(found) == ["backprop", "adjoint", "policy_gradient", "supervised"]
@@ -210,84 +160,6 @@ def test_every_trainer_gets_its_own_recipe():
     found = {name: config["finetune"] for name, config in doctor.recipes(truncated, False).items()}
     assert [found[name]["truncation"] for name in found] == [[1, 3], None, None] and "supervised" not in found
     assert "adjoint" not in doctor.recipes(merge(truncated, {"finetune": {"kl_weight": 0.0}}), False)
-
-
-# Suggestions
-
-
-def cost(trainer="backprop", size=8, memory=900.0, before=100.0, **others) -> dict:
-    settings = {"batch_size": 8, "micro_batch_size": size, "gradient_checkpointing": False, "reuse": 2, "seconds_per_update": 1.0}
-    return settings | {"trainer": trainer, "memory_mb": memory, "measured_memory_mb": memory, "memory_before_mb": before} | others
-
-
-def test_the_largest_micro_batch_that_fits():
-    # 100 MB, and 100 more for each trajectory; four fifths of the free memory may be filled
-    assert suggestion.fitting(cost(), 1200) == 8 and suggestion.fitting(cost(), 1100) == 4
-    assert suggestion.fitting(cost(), 251) == 1 and suggestion.fitting(cost(), 249) is None
-    assert suggestion.fitting(cost(size=2, memory=300.0), 1200) == 8 and suggestion.fitting(cost(size=2), None) == 2
-
-
-def chosen(costs, free, dull=False) -> dict:
-    settings = suggestion.trainer_and_memory(costs, free, dull)
-    text = suggestion.fragment(settings, CONFIG["adapters"])
-    resolve(merge(CONFIG, {"finetune": {"batch_size": 8, "truncation": [1, 2]}}, yaml.safe_load(text)), io.read_json(SCHEMA))
-    assert all(f"# {s.reason}" in text for s in settings)
-    return yaml.safe_load(text)["finetune"]
-
-
-def test_the_trainer_that_fits():
-    light, heavy = cost("adjoint", 8, 260.0), cost("backprop", 8, 90_000.0)
-    recomputed = cost("backprop", 8, 400.0, gradient_checkpointing=True)
-    found = chosen({"backprop": cost(), "adjoint": light}, 2000)
-    assert found == {"trainer": "backprop", "micro_batch_size": 8, "gradient_checkpointing": False}
-    assert chosen({"backprop": heavy, "backprop, recomputed": recomputed, "adjoint": light}, 2000)["gradient_checkpointing"] is True
-    by_blocks = {"backprop, recomputed": heavy, "backprop, by blocks": cost("backprop", 8, 400.0, gradient_checkpointing="blocks")}
-    assert chosen({"backprop": heavy, **by_blocks, "adjoint": light}, 2000)["gradient_checkpointing"] == "blocks"
-    found = chosen({"backprop": heavy, "adjoint": light}, 2000)
-    assert found["trainer"] == "adjoint" and found["truncation"] is None
-    killed = chosen({"backprop": {"error": "its process was killed"}, "adjoint": light}, 2000)
-    assert killed["trainer"] == "adjoint"
-    found = chosen({"backprop": cost(), "policy_gradient": cost("policy_gradient", reuse=2)}, 2000, dull=True)
-    assert found["trainer"] == "policy_gradient" and found["checkpoint_every"] == 26
-    assert suggestion.trainer_and_memory({}, 2000, False) == [] and suggestion.fragment([], CONFIG["adapters"]) == ""
-
-
-def test_what_is_tried_where_a_training_does_not_fit():
-    def tried(level, compiled=False):
-        found = suggestion.recomputed({"gradient_checkpointing": level, "speed": {"compile": compiled}})
-        return [settings["gradient_checkpointing"] for settings in found.values()]
-
-    assert tried(False) == [True, "blocks"] and tried(True) == ["blocks"] and tried("blocks") == [] and tried(False, "gpu") == [True]
-
-
-def test_too_much_memory_is_a_line_with_the_setting_to_lower():
-    assert suggestion.memory_text("backprop", cost(), 1000) is None and suggestion.memory_text("backprop", cost(), None) is None
-    line = suggestion.memory_text("backprop", cost(), 500)
-    assert "takes 900 MB for 8 at a time, 500 MB are free" in line
-    assert "lower finetune.micro_batch_size (8) or set finetune.gradient_checkpointing: true" in line
-    again = suggestion.memory_text("backprop", cost("backprop", 8, 900.0, gradient_checkpointing=True), 500)
-    assert again.endswith("(8) or set finetune.gradient_checkpointing: blocks")
-    assert "lower finetune.batch_size (8)" in suggestion.memory_text("supervised", cost("supervised"), 500)
-
-
-def test_the_bound_is_the_median_of_those_that_pull():
-    g = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 400.0]])
-    assert suggestion.max_adjoint_norm({"adjoint": g}).value == "2"
-    assert suggestion.max_adjoint_norm({"adjoint": torch.zeros(2, 3)}).value == "null"
-
-
-def test_softening_stops_where_the_missing_reward_is_affordable():
-    def stake(at_one):
-        return suggestion.stakes(lambda temperature: torch.full((4,), -at_one / temperature), torch.full((4,), -1.0), 10.0)
-
-    # gamma (log p of a guess + at_one / T) at T = 10 start, never below 1
-    assert stake(40.0)[1.0] == pytest.approx(10 * (40 / 10 - 1)) and stake(40.0)[0.1] == pytest.approx(10 * (40 - 1))
-    assert suggestion.temperature_start(stake(40.0), 10.0).value == "{start: 2}"
-    assert suggestion.temperature_start(stake(0.5), 10.0).value == f"{{start: {suggestion.STARTS[0]:g}}}"
-    assert suggestion.temperature_start(stake(1e6), 10.0).value == f"{{start: {suggestion.STARTS[-1]:g}}}"
-
-
-# Broken pieces
 
 
 @pytest.fixture

@@ -18,12 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ctrl import base as bases
 from ctrl import data, io, pictures
 from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, check_adapter
 from ctrl.errors import UserError
 from scripts.common import load_config
-from tests.strangers import new_adapter
 
 NUM_INPUTS = int(os.environ.get("FUZZ_INPUTS", 300))
 few = settings(max_examples=NUM_INPUTS, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -151,16 +149,6 @@ def test_configurations_byte_by_byte(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.yaml"
     path.write_bytes(content)
     one_line_or_a_configuration(path)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_sd):
-    return bases.load(tiny_sd)
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_sd, tmp_path_factory):
-    return new_adapter(tiny_sd, tmp_path_factory.mktemp("fuzzed") / "adapter")
 
 
 def one_line_or_an_adapter(model, folder) -> None:

@@ -11,20 +11,10 @@ from ctrl import base as bases
 from ctrl import clip
 from ctrl.errors import UserError
 from tests.repository import ROOT
-from tests.strangers import Betrayer, as_pickle, copy_of, new_adapter, one_line
+from tests.strangers import Betrayer, as_pickle, copy_of, one_line
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_sd, tmp_path_factory):
-    return new_adapter(tiny_sd, tmp_path_factory.mktemp("strangers") / "adapter")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_sd):
-    return bases.load(tiny_sd)
 
 
 def test_the_pickle_of_these_tests_does_betray_itself(tmp_path):

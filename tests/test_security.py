@@ -1,4 +1,4 @@
-"""What strangers may send: folders, pictures and configurations, refused in one line and never run."""
+"""Folders and prompts of strangers: no code in them is run, no name leads out of them, and what they say is shown as text."""
 
 import json
 import re
@@ -19,11 +19,6 @@ from tests.repository import snakemake
 from tests.strangers import copy_of, edit_json, new_adapter, one_line
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_sd, tmp_path_factory):
-    return new_adapter(tiny_sd, tmp_path_factory.mktemp("strangers") / "adapter")
 
 
 def test_code_in_an_adapters_folder_is_not_run(tiny_sd, adapter, tmp_path, monkeypatch):
