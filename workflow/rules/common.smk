@@ -52,24 +52,20 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
     return [f"{folder}/{name}.py" for name in names.split()]
 
 
-ORACLES, PICTURES = lib("oracles scoring aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
-CORE = [*lib("base base_files bins labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
+ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
+CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
 CLASSIFIER = [*lib("classifier heads labels networks dct"), *ORACLES]
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = [*lib("evaluation targets metrics features brisque bins labels pictures"), *ORACLES]
+EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 TRAINERS = lib("adjoint backprop loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
-    "build_dataset": ["scripts/build_dataset.py", *lib("data bins pictures labels figures/histogram"), *ORACLES],
-    "train_classifier": [
-        "scripts/train_classifier.py",
-        *CLASSIFIER,
-        *lib("classifier_fit classifier_quality coverage bins pictures metrics"),
-    ],
+    "build_dataset": ["scripts/build_dataset.py", *lib("data pictures labels figures/histogram"), *ORACLES],
+    "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data pictures")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
     "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
@@ -78,13 +74,7 @@ CODE = {
     "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling guidance/classifier guidance/reconstruction"), *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
-    "plot_figures": [
-        "scripts/plot_figures.py",
-        "scripts/cells.py",
-        *PICTURES,
-        *ORACLES,
-        *lib("evaluation bins labels pairs pictures targets"),
-    ],
+    "plot_figures": [*lib("plot_figures cells", "scripts"), *PICTURES, *ORACLES, *lib("evaluation labels pairs pictures targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
     "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data bins pictures")],
