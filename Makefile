@@ -47,7 +47,7 @@ demo: $(VENV)/.installed
 	@echo "Runs:     make ui"
 
 paper: $(VENV)/.installed
-	@python scripts/estimate_time.py
+	@python scripts/estimate_time.py --cores $(CORES)
 	snakemake --cores $(CORES) paper
 	snakemake --report $(RESULTS)/report.html paper
 	@dvc commit --force --quiet || echo "DVC did not record this run (it needs a git checkout)" >&2

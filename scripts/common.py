@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import yaml
@@ -44,3 +45,12 @@ def read_yaml(path: Path) -> dict:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: must hold keys and values, but it holds {type(content).__name__}")
     return check_size(content or {}, str(path))
+
+
+def cores_of(text: str) -> int:
+    """The cores that `--cores` names: a number, or `all` that this process may use."""
+    if text == "all":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of 1 or more nor `all`")
+    return int(text)

@@ -12,10 +12,11 @@ import torch
 from ctrl import control as controls
 from ctrl import errors, estimate, measure, tables
 from ctrl.config import for_adapter
+from ctrl.cores import jobs_at_once
 from ctrl.finetune.recipe import Task
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.sampling import noise_of, sample
-from scripts.common import add_config_argument, load_config
+from scripts.common import add_config_argument, cores_of, load_config
 from scripts.loading import load_base, pretrained_denoiser
 
 
@@ -25,8 +26,9 @@ def main() -> None:
     parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="folder whose finished jobs are not counted (default: results/{experiment})")
     parser.add_argument("--num-images", type=int, default=32, help="images, and trajectories of an update, measured (default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--cores", type=cores_of, default="all", help="of the run, as in `snakemake --cores` (default: %(default)s)")
     args = parser.parse_args()
+    at_once = jobs_at_once(args.cores)
     config, size = load_config(args), args.num_images
     if config["base"]["kind"] != "stable_diffusion":
         raise errors.UserError("--config: the long run is of images; a Gaussian mixture has no estimate")
@@ -35,7 +37,7 @@ def main() -> None:
     subprocess.run([sys.executable, __file__, "--help"], check=True, capture_output=True)
     start = time.perf_counter() - started
 
-    base, process = load_base(config, args.num_threads)
+    base, process = load_base(config, args.cores // at_once)
     cells = [(s, y) for s in config["prompts"]["subjects"] for y in range(config["label"]["num_classes"])]
     prompts, labels = [config["prompts"]["templates"]["train"][0].format(cells[0][0])] * size, torch.zeros(size, dtype=torch.long)
     noise = noise_of(range(size), base.latent_shape, process.num_steps, base.device)
@@ -65,12 +67,13 @@ def main() -> None:
             measured[key] = measure.update_seconds(task, stand_in, settings, size)
         update[adapter] = measured[key]
 
-    total, results = 0.0, args.results or Path("results") / config["experiment"]
+    left, results = [0.0], args.results or Path("results") / config["experiment"]
     for job in estimate.jobs(config, methods, image, update, start):
         done = (results / job.output).exists()
-        total += 0 if done else job.seconds
+        left.append(0.0 if done else job.seconds)
         print(f"{'done' if done else estimate.duration(job.seconds):>12}  {job.name}")
-    print(f"{estimate.duration(total):>12}  in all, estimated from {size} images at a time on {base.device_name}. {estimate.LEFT_OUT}")
+    whole = estimate.duration(max(sum(left) / at_once, *left))
+    print(f"{whole:>12}  in all, {at_once} at once, estimated from {size} images at a time on {base.device_name}. {estimate.LEFT_OUT}")
 
 
 if __name__ == "__main__":

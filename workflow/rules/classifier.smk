@@ -101,7 +101,7 @@ rule train_noisy_classifier:
         "results/{experiment}/logs/train_noisy_classifier.txt",
     benchmark:
         "results/{experiment}/benchmarks/train_noisy_classifier.tsv"
-    threads: CORES
+    threads: SHARE
     resources:
         **GPU,
     params:

@@ -2,6 +2,8 @@
 #
 # Needs  the config's section `cluster`
 
+from ctrl.cores import jobs_at_once
+
 
 def asked(section: str) -> dict[str, int | str]:
     """Resources of rules by a section of `cluster`; what is null there is not asked for, and the cluster's default holds."""
@@ -14,7 +16,9 @@ def asked(section: str) -> dict[str, int | str]:
 NUM_PROCESSES = config["cluster"]["finetune"]["gpus"]
 CPU, GPU, FINETUNE = asked("cpu"), asked("gpu"), asked("finetune")
 # In a job of a cluster Snakemake sees the whole node, of which a part was asked for.
-CORES = config["cluster"]["cpus"] if workflow.remote_exec else workflow._cores or config["cluster"]["cpus"]
+HERE = None if workflow.remote_exec else workflow._cores
+CORES = HERE or config["cluster"]["cpus"]
+SHARE = HERE // jobs_at_once(HERE) if HERE else CORES  # of a job that has others beside it
 # Data parallel on several GPUs. Not a parameter of the rule: the adapter is the same but for rounding, and need not be trained again.
 LAUNCH = (
     f"accelerate launch --multi_gpu --num_processes {NUM_PROCESSES} --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -25,5 +29,5 @@ LAUNCH = (
 
 
 def cores(num_images: int) -> int:
-    """All cores for a job of many images, so that no two run at once on a laptop; one for a trial, whose time is spent on imports."""
-    return CORES if num_images >= 200 else 1
+    """Threads of a job of many images; one for a trial, whose time is spent on imports."""
+    return SHARE if num_images >= 200 else 1

@@ -29,6 +29,7 @@ rule finetune:
         "results/{experiment}/logs/finetune_{adapter}.txt",
     benchmark:
         "results/{experiment}/benchmarks/finetune_{adapter}.tsv"
+    priority: 1  # the longest first: what is left at the end then is short
     threads: cores(config["finetune"]["num_updates"] * config["finetune"]["batch_size"])
     resources:
         **FINETUNE,

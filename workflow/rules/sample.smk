@@ -63,6 +63,7 @@ use rule sample as sample_val with:
         "results/{experiment}/logs/sample_val_{method}.txt",
     benchmark:
         "results/{experiment}/benchmarks/sample_val_{method}.tsv"
+    priority: 2  # training waits for the reference of its probe
     params:
         config="results/{experiment}/config.json",
         depends=lambda wildcards: sections(
