@@ -59,6 +59,7 @@ def test_configurations_that_explode_or_run_something_are_one_line(tmp_path, tex
     one_line(caught)
 
 
+@pytest.mark.slow
 def test_snakemake_refuses_the_same_bomb(tmp_path):
     repository = copy_repository(tmp_path / "repository")
     (repository / "bomb.yaml").write_text(BOMB)
