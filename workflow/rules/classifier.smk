@@ -61,7 +61,8 @@ rule train_classifier:
         "results/{experiment}/logs/train_classifier.txt",
     benchmark:
         "results/{experiment}/benchmarks/train_classifier.tsv"
-    threads: CORES
+    priority: 3  # everything waits for it
+    threads: SHARE
     resources:
         **GPU,
     params:
