@@ -207,8 +207,8 @@ MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bia
 MIXTURE_DEFAULTS = {
     "num_sets": 8,
     "methods": [
-        *("exact", "exact_reference", "pretrained", "ctrl", "ctrl_adjoint", "reconstruction_guidance", "dps", "cfg"),
-        *("mean_kl", "reward_maximization"),
+        *("exact", "exact_reference", "pretrained", "ctrl", "ctrl_adjoint", "reconstruction_guidance", "dps", "mpgd", "smc", "svdd"),
+        *("cfg", "mean_kl", "reward_maximization"),
     ],
 }
 

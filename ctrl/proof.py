@@ -18,13 +18,15 @@ from ctrl.finetune.backprop import backprop
 from ctrl.finetune.objective import hold, learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.finetune.supervised import supervised
 from ctrl.guidance.classifier import classifier_guidance
+from ctrl.guidance.mpgd import mpgd
+from ctrl.guidance.particles import smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, noisy_log_prob, process_of, remembering
 from ctrl.process import Denoiser
 from ctrl.sampling import path_statistics, sample
 
 SCALES = [0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]  # of every method that has one; 1 is right in theory, where there is a theory
-DPS_SCALES = [0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5]  # as many, for moves of x_s itself, which add up over the steps
+MOVES = [0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5]  # as many, where a scale is a move of x_s itself: moves add up over the steps
 MUON = 5.0  # learning rate of the square weights, by Muon (Jordan 2024), in units of AdamW's, which the other weights have
 NUM_TUNING = 2000  # samples a label and scale
 
@@ -39,6 +41,7 @@ class Problem:
     settings: dict
     seed: int
     folder: Path
+    num_particles: int = 16
     figures: dict = field(default_factory=dict)
 
     def noise(self, num: int, generator: torch.Generator, num_steps: int | None = None) -> Tensor:
@@ -138,17 +141,16 @@ def draw_tuned(problem: Problem, gamma: float, draw_of: Callable[[float], Draw],
     return draw_of(best)
 
 
-def draw_guided(problem: Problem, gamma: float, weighting: str) -> Draw:
-    """Reconstruction guidance by the true log p(y | x)."""
+def draw_guided(problem: Problem, gamma: float, guidance: Callable[..., Denoiser], scales: Sequence[float] = SCALES) -> Draw:
+    """`guidance(denoiser, process, log_prob, scale)` by the true log p(y | x)."""
     process = process_of(problem.mixture, problem.num_steps)
     pre = problem.mixture.denoiser(process)
 
     def guided(y: Tensor, scale: float) -> Denoiser:
-        wrapped = reconstruction_guidance(pre, process, lambda x_0: problem.label.log_prob(x_0, y), scale, weighting)
+        wrapped = guidance(pre, process, lambda x_0: problem.label.log_prob(x_0, y), scale)
         acts = active(process)
         return lambda x_t, i: wrapped(x_t, i) if acts[i] else pre(x_t, i)
 
-    scales = DPS_SCALES if weighting == "normalised" else SCALES
     return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: guided(y, scale)), scales)
 
 
@@ -175,18 +177,33 @@ def draw_cfg(problem: Problem, gamma: float) -> Draw:
     return draw_tuned(problem, gamma, lambda scale: sampler(problem, lambda y: net.denoiser(process, y, scale)))
 
 
+def draw_chosen(problem: Problem, gamma: float, choose: Callable[..., Tensor]) -> Draw:
+    """One of many particles for each sample, by the true log p(y | x): nothing to tune."""
+    process, many = process_of(problem.mixture, problem.num_steps), problem.num_particles
+    pre = problem.mixture.denoiser(process)
+
+    def draw(y: int, num: int, generator: torch.Generator) -> Tensor:
+        noise = problem.noise(num * many, generator)
+        return choose(process, pre, lambda x_0: problem.label.log_probs(x_0)[:, y], noise, many, gamma, [generator] * num)
+
+    return draw
+
+
 METHODS: dict[str, Callable[[Problem, float], Draw]] = {
     "exact": draw_exact,
     "exact_reference": draw_exact,
     "pretrained": draw_pretrained,
     "ctrl": partial(draw_trained, trainer=backprop, name="ctrl"),
     "ctrl_adjoint": partial(draw_trained, trainer=adjoint, name="ctrl_adjoint"),
-    "reconstruction_guidance": partial(draw_guided, weighting="constant"),
-    "dps": partial(draw_guided, weighting="normalised"),
+    "reconstruction_guidance": partial(draw_guided, guidance=partial(reconstruction_guidance, weighting="constant")),
+    "dps": partial(draw_guided, guidance=reconstruction_guidance, scales=MOVES),
     "cfg": draw_cfg,
     "reward_maximization": partial(draw_trained, trainer=backprop, name="reward_maximization", kl_weight=0.0),
     "mean_kl": partial(draw_trained, trainer=backprop, name="mean_kl", kl_weight=0.01, kl_reduction="mean", reward=0.1),
     "classifier_guidance": draw_classifier_guided,
+    "mpgd": partial(draw_guided, guidance=mpgd, scales=MOVES),
+    "smc": partial(draw_chosen, choose=lambda *settings: smc(*settings)[0]),
+    "svdd": partial(draw_chosen, choose=lambda *settings: svdd(*settings[:5])),  # the best one: it knows no gamma
 }
 
 

@@ -40,7 +40,9 @@ def main() -> None:
     tables, figures = [], []
     with run(config, config["experiment"], f"mixture {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as tracker:
         for number, gamma in enumerate(config["gammas"]):
-            problem = Problem(*standard, config["sampler"]["num_steps"], config["finetune"], config["seed"], args.checkpoints)
+            problem = Problem(
+                *standard, config["sampler"]["num_steps"], config["finetune"], config["seed"], args.checkpoints, config["particles"]
+            )
             draw = METHODS[args.method](problem, gamma)
             drawn, distances = compare_sets(problem, gamma, draw, num, config["num_sets"], (seed, EXACT_SEED))
             row = {"method": args.method, "gamma": gamma, "n": num * label.num_classes, "sets": config["num_sets"]} | distances

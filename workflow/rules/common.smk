@@ -54,9 +54,9 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
 CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
-CLASSIFIER = [*lib("classifier heads labels networks dct"), *ORACLES]
+GUIDES, CLASSIFIER = lib("classifier mpgd particles reconstruction", "ctrl/guidance"), lib("classifier heads labels networks dct") + ORACLES
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
-GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
+GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 TRAINERS = lib("adjoint backprop loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
 CODE = {
@@ -71,7 +71,7 @@ CODE = {
     "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
     "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline pictures")],
-    "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling guidance/classifier guidance/reconstruction"), *TRAINERS],
+    "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling"), *GUIDES, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": [*lib("plot_figures cells", "scripts"), *PICTURES, *ORACLES, *lib("evaluation labels pairs pictures targets")],

@@ -22,7 +22,7 @@ rule mixture:
         runtime=240,
     params:
         config="results/{experiment}/config.json",
-        depends=lambda wildcards: sections("seed", "base", "label", "sampler", "finetune", "gammas", "num_samples", "num_sets"),
+        depends=lambda wildcards: sections("seed", "base", "label", "sampler", "finetune", "particles", "gammas", "num_samples", "num_sets"),
         checkpoints="results/{experiment}/checkpoints",
     shell:
         """
