@@ -58,7 +58,7 @@ CLASSIFIER = [*lib("classifier heads labels networks dct"), *ORACLES]
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*sorted(map(str, Path("ctrl/guidance").glob("[a-z]*.py"))), "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
-TRAINERS = lib("adjoint backprop loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
+TRAINERS = lib("adjoint backprop efficient_adjoint loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
