@@ -125,7 +125,8 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
             trained = f"policy gradients (Black et al. 2023): samples of p(x | c) exp(gamma · [the oracle says y]) with gamma = {gamma:g}"
             outcome = f"; at the end the reward = {last['reward']:.3f}, KL = {last['kl_nats']:.3f} nats"
         else:
-            outcome = f"; at the end log p = {last['log_prob']:.3f} nats, KL = {last['kl_nats']:.3f} nats"
+            kl = f", KL = {last['kl_nats']:.3f} nats" if "kl_nats" in last else ""  # not every trainer measures it
+            outcome = f"; at the end log p = {last['log_prob']:.3f} nats{kl}"
     texts = {key: escaped(described[key]) for key in ("base", "name", "device", "base_fingerprint")}
     codes = {f"{key}_code": literal(value) for key, value in (("base", described["base"]), ("folder", str(folder)), ("prompt", prompt))}
     card = CARD.format(

@@ -80,7 +80,7 @@ def for_adapter(config: dict, name: str) -> dict:
 
 def needs_classifier(config: dict) -> bool:
     """Whether the trainer of `config` learns from p(y | x): not from the oracle's own answer, nor from the labelled images alone."""
-    return config["finetune"]["trainer"] in ("backprop", "adjoint")
+    return config["finetune"]["trainer"] in ("backprop", "adjoint", "efficient_adjoint")
 
 
 def check(config: dict, schema: dict, where: str = "config") -> None:
@@ -114,6 +114,12 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: sampler.eta is {config['sampler']['eta']}; with sampler.spacing quadratic it must be 1")
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
         raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
+    unfit = [finetune[key] for key in ("truncation", "num_terms", "control_variate")]
+    if finetune["trainer"] == "efficient_adjoint" and (any(unfit) or not (finetune["kl_weight"] and finetune["min_timestep"])):
+        raise UserError(
+            f"{where}: finetune.trainer is efficient_adjoint; it takes no truncation (null), no num_terms (null) and no control_variate "
+            "(false), and a kl_weight and a min_timestep above 0"
+        )
     reuse, every = finetune["policy_gradient"]["reuse"], finetune["checkpoint_every"]
     if finetune["trainer"] == "policy_gradient" and (finetune["truncation"] or every % reuse):
         raise UserError(

@@ -50,8 +50,10 @@ def recipes(config: dict, examples: bool) -> dict[str, dict]:
     `supervised` only where there are `examples`. A configuration that contradicts itself is left out: adjoint matching without a KL.
     """
     found = {}
-    for trainer in ("backprop", "adjoint", "policy_gradient", *(["supervised"] if examples else [])):
+    for trainer in ("backprop", "adjoint", "efficient_adjoint", "policy_gradient", *(["supervised"] if examples else [])):
         changes = {"trainer": trainer} | ({} if trainer == "backprop" else {"truncation": None})
+        if trainer == "efficient_adjoint":
+            changes |= {"num_terms": None, "control_variate": False}
         if trainer == "policy_gradient":
             changes["checkpoint_every"] = config["finetune"]["policy_gradient"]["reuse"]
         one = merge(config, {"finetune": changes})

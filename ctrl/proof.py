@@ -15,6 +15,7 @@ from torch import Tensor
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
+from ctrl.finetune.efficient_adjoint import efficient_adjoint, information, levels
 from ctrl.finetune.objective import hold, learning_rate_factor, summed_kl_weight, within_cell_variance
 from ctrl.finetune.supervised import supervised
 from ctrl.guidance.classifier import classifier_guidance
@@ -105,18 +106,25 @@ def draw_trained(
     problem: Problem, gamma: float, trainer: Callable, name: str, kl_weight: float = 1.0, kl_reduction: str = "sum", reward: float = 1.0
 ) -> Draw:
     """Fine-tuned on `reward` · gamma · log p(y | x_0) − `kl_weight` · KL, the KL summed or averaged over dimensions."""
-    kl_weight = summed_kl_weight(kl_weight, kl_reduction, problem.mixture.dim)
+    kl_weight, settings = summed_kl_weight(kl_weight, kl_reduction, problem.mixture.dim), problem.settings
+    process, closed_form = process_of(problem.mixture, problem.num_steps), trainer is efficient_adjoint
+    if closed_form:
+        noise = problem.noise(1000, torch.Generator().manual_seed(problem.seed + 99))
+        m = information(process, problem.mixture.denoiser(process), noise, active(process))
 
     def loss(process, net, y, generator, share):
         pre, noise = remembering(problem.mixture.denoiser(process)), problem.noise(len(y), generator, process.num_steps)
-        psi = net.denoiser(process, y, pre=pre)
+        psi, acts = net.denoiser(process, y, pre=pre), active(process)
+        if closed_form:
+            own = levels(acts, settings["efficient_adjoint"]["num_levels"], noise[0].shape, generator) | {"information": m}
+        else:
+            own = {"held": hold(psi, net.parameters()) if settings["control_variate"] else None}
         figures = trainer(
-            process, psi, pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share,
-            active=active(process), held=hold(psi, net.parameters()) if problem.settings["control_variate"] else None,
-        )  # fmt: skip
-        return figures | {"log_w": gamma * figures["log_prob"] - figures["log_ratio"]}
+            process, psi, pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share, active=acts, **own
+        )
+        return figures | ({} if closed_form else {"log_w": gamma * figures["log_prob"] - figures["log_ratio"]})
 
-    net, process = train(problem, f"{name}_gamma{gamma:g}", loss), process_of(problem.mixture, problem.num_steps)
+    net = train(problem, f"{name}_gamma{gamma:g}", loss)
     generator = torch.Generator().manual_seed(problem.seed + 77)
     y = torch.arange(problem.label.num_classes).repeat_interleave(1000)
     pre, noise = remembering(problem.mixture.denoiser(process)), problem.noise(len(y), generator)
@@ -189,7 +197,7 @@ def draw_chosen(problem: Problem, gamma: float, choose: Callable[..., Tensor]) -
     return draw
 
 
-METHODS: dict[str, Callable[[Problem, float], Draw]] = {
+METHODS: dict[str, Callable[[Problem, float], Draw]] = {  # seeds follow from the order: what is new comes last
     "exact": draw_exact,
     "exact_reference": draw_exact,
     "pretrained": draw_pretrained,
@@ -204,6 +212,7 @@ METHODS: dict[str, Callable[[Problem, float], Draw]] = {
     "mpgd": partial(draw_guided, guidance=mpgd, scales=MOVES),
     "smc": partial(draw_chosen, choose=lambda *settings: smc(*settings)[0]),
     "svdd": partial(draw_chosen, choose=lambda *settings: svdd(*settings[:5])),  # the best one: it knows no gamma
+    "ctrl_efficient_adjoint": partial(draw_trained, trainer=efficient_adjoint, name="ctrl_efficient_adjoint"),
 }
 
 

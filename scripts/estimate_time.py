@@ -61,6 +61,7 @@ def main() -> None:
         settings = for_adapter(config, adapter)["finetune"]
         costly = (
             "trainer", "coarse", "num_terms", "control_variate", "truncation", "gradient_checkpointing", "batch_size", "policy_gradient",
+            "efficient_adjoint",
         )  # fmt: skip
         key = json.dumps({name: settings[name] for name in costly})
         if key not in measured:  # gamma and the learning rates cost nothing

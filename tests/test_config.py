@@ -103,6 +103,18 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune: {trainer: adjoint, truncation: [1, 3]}", "finetune.trainer is adjoint; it takes no truncation"),
         ("finetune: {gradient_checkpointing: blocks, speed: {compile: gpu}}", "blocks, which excludes finetune.speed.compile"),
         ("finetune: {trainer: adjoint, kl_weight: 0}", "finetune.trainer is adjoint; it takes no truncation"),
+        (
+            "finetune: {trainer: efficient_adjoint, num_terms: 2}",
+            "finetune.trainer is efficient_adjoint; it takes no truncation (null), no",
+        ),
+        ("finetune: {trainer: efficient_adjoint, truncation: [1, 3]}", "finetune.trainer is efficient_adjoint; it takes no truncation"),
+        ("finetune: {trainer: efficient_adjoint, control_variate: true}", "no control_variate (false), and a kl_weight and a min_timestep"),
+        ("finetune: {trainer: efficient_adjoint, min_timestep: 0}", "and a kl_weight and a min_timestep above 0"),
+        ("finetune: {trainer: efficient_adjoint, kl_weight: 0}", "and a kl_weight and a min_timestep above 0"),
+        (
+            "finetune: {efficient_adjoint: {num_levels: 0}}",
+            "finetune.efficient_adjoint.num_levels is 0; it must be a whole number at least 1",
+        ),
         ("finetune: {trainer: policy_gradient, checkpoint_every: 25}", "a multiple of policy_gradient.reuse: not 25 with 2"),
         ("finetune: {trainer: adjoints}", "one of backprop, adjoint"),
         ("finetune: {truncation: [1, 1001]}", "sampler.num_steps has only"),

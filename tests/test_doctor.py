@@ -153,13 +153,13 @@ def test_labels_that_are_not_drawn_or_not_recognised_are_named():
 
 def test_every_trainer_gets_its_own_recipe():
     found = {name: config["finetune"] for name, config in doctor.recipes(CONFIG, True).items()}
-    assert list(found) == ["backprop", "adjoint", "policy_gradient", "supervised"]
+    assert list(found) == ["backprop", "adjoint", "efficient_adjoint", "policy_gradient", "supervised"]
     assert all(name == settings["trainer"] for name, settings in found.items())
     assert found["supervised"]["batch_size"] == CONFIG["adapters"]["cfg"]["batch_size"]
     truncated = merge(CONFIG, {"adapters": {}, "finetune": {"truncation": [1, 3]}}) | {"adapters": {}}
     found = {name: config["finetune"] for name, config in doctor.recipes(truncated, False).items()}
-    assert [found[name]["truncation"] for name in found] == [[1, 3], None, None] and "supervised" not in found
-    assert "adjoint" not in doctor.recipes(merge(truncated, {"finetune": {"kl_weight": 0.0}}), False)
+    assert [found[name]["truncation"] for name in found] == [[1, 3], None, None, None] and "supervised" not in found
+    assert list(doctor.recipes(merge(truncated, {"finetune": {"kl_weight": 0.0}}), False)) == ["backprop", "policy_gradient"]
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_everything_is_measured_on_the_embedded_base(tmp_path, real, trained):
     assert done.returncode == 0, done.stdout + done.stderr
     report = io.read_json(tmp_path / "report.json")
     assert report["finite_differences"]["passed"] and report["accuracy"]["generated"]["accuracy"] > 0.7
-    assert list(report["trainers"]) == ["backprop", "adjoint", "policy_gradient", "supervised"]
+    assert list(report["trainers"]) == ["backprop", "adjoint", "efficient_adjoint", "policy_gradient", "supervised"]
     assert all(row["seconds_per_update"] > 0 and row["memory_mb"] > row["memory_before_mb"] > 100 for row in report["trainers"].values())
     suggested = yaml.safe_load(report["suggestion"])["finetune"]
     assert set(suggested) >= {"trainer", "micro_batch_size", "gradient_checkpointing", "max_adjoint_norm", "temperature"}

@@ -31,9 +31,9 @@ def test_an_update_is_weighted_by_its_phase_and_its_reuse(control, monkeypatch, 
     assert cost["memory_mb"] == pytest.approx(100 + held)
 
 
-@pytest.mark.parametrize("trainer", ["backprop", "adjoint", "policy_gradient", "supervised"])
+@pytest.mark.parametrize("trainer", ["backprop", "adjoint", "efficient_adjoint", "policy_gradient", "supervised"])
 def test_a_real_update_has_a_cost(control, trainer):
-    task = measure.Task(control, control.base.process(3), [(SUBJECTS[0], 0), (SUBJECTS[1], 1)], TEMPLATES, 1.0, 0)
+    task = measure.Task(control, control.base.process(4), [(SUBJECTS[0], 0), (SUBJECTS[1], 1)], TEMPLATES, 1.0, 0)
     changes = {"trainer": trainer, "num_updates": 10, "batch_size": 4, "micro_batch_size": 2}
     cost = measure.update_cost(task, lambda x, y, temperature: -x.square().flatten(1).mean(1), CONFIG["finetune"] | changes)
     assert cost["seconds_per_update"] > 0 and cost["memory_mb"] >= cost["memory_before_mb"] > 50 and cost["trainer"] == trainer

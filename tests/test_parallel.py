@@ -27,7 +27,7 @@ from scripts.training import join_processes
 def main():
     folder, first = Path(sys.argv[2]), join_processes()
     base = bases.load(sys.argv[1])
-    control = Control(base, 2, 4, ["to_q", "to_v", "conv1"])
+    control = Control(base, 2, 4, ["to_q", "to_v", "conv1"], min_timestep=260)
     start = {name: p.detach().clone() for name, p in control.parameters().items()}
     for name in sys.argv[3:]:
         for key, p in control.parameters().items():
@@ -36,6 +36,7 @@ def main():
         config = dict(
             batch_size=5, micro_batch_size=2, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=None, num_terms=2,
             trainer="backprop" if name == "endless" else name, policy_gradient=dict(reuse=2, clip=0.2), gradient_checkpointing=False,
+            efficient_adjoint=dict(num_levels=2),
             speed=dict(autocast=False, channels_last=False, compile=False, fused_adamw=False, decode_size=None),
             betas=[0.9, 0.99], num_updates=100_000 if name == "endless" else 4, coarse=dict(stride=2, end=0.5), max_adjoint_norm=1.0,
             temperature=dict(start=0.8, hold=0.2, end=0.6), warmup_updates=0, decay="none", weight_decay=0.1, learning_rate=1e-3,
@@ -50,7 +51,7 @@ def main():
 
 errors.main(main)
 """
-TRAINERS = ["backprop", "adjoint", "policy_gradient", "supervised"]
+TRAINERS = ["backprop", "adjoint", "efficient_adjoint", "policy_gradient", "supervised"]
 LAUNCH = [
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),

@@ -30,10 +30,10 @@ from ctrl.finetune.recipe import Task, gradient_function
 
 base = bases.load(sys.argv[1])
 process = base.process(4)
-control = Control(base, 2, 4, ["to_q", "to_v", "conv1"])
+control = Control(base, 2, 4, ["to_q", "to_v", "conv1"], min_timestep=260)
 config = dict(batch_size=6, micro_batch_size=3, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=[1, 3], num_terms=2,
               control_variate=True,
-              trainer=sys.argv[4], policy_gradient=dict(reuse=2, clip=0.2),
+              trainer=sys.argv[4], policy_gradient=dict(reuse=2, clip=0.2), efficient_adjoint=dict(num_levels=2),
               gradient_checkpointing=False, speed=dict(autocast=False, fused_adamw=False, decode_size=None),
               num_updates=9, coarse=dict(stride=2, end=0.5),
               temperature=dict(start=0.8, hold=0.2, end=0.6), max_adjoint_norm=1.0)
@@ -61,7 +61,7 @@ def finish(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["backprop", "policy_gradient"])
+@pytest.mark.parametrize("trainer", ["backprop", "efficient_adjoint", "policy_gradient"])
 def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path, trainer):
     assert finish(start(tiny_sd, tmp_path / "whole", trainer=trainer)) == list(range(1, NUM_UPDATES + 1))
     killed = start(tiny_sd, tmp_path / "killed", trainer=trainer)

@@ -12,6 +12,7 @@ from ctrl.errors import UserError
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
+from ctrl.finetune.efficient_adjoint import efficient_adjoint, information, levels
 from ctrl.finetune.objective import annealed, hold, learning_rate_factor, summed_kl_weight, term_weights, within_cell_variance
 from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
@@ -139,6 +140,22 @@ def kl_weight_of(task: Task, config: dict) -> float:
     return summed_kl_weight(config["kl_weight"], config["kl_reduction"], torch.Size(task.control.base.latent_shape).numel())
 
 
+def reward_of(task: Task, log_prob: LogProb, config: dict) -> tuple[LogProb, Callable[[int], float], float | None]:
+    """`log_prob` as `speed` has it computed, its temperature at each update, and the bound on its gradient.
+
+    A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.
+    """
+    speed, softening, gamma = config["speed"], config["temperature"], config["gamma"]
+    log_prob = in_slices(autocast(log_prob, speed["autocast"], task.control.base.device), speed["decode_size"])
+    start = max(1.0, softening["start"] * gamma)
+    max_adjoint_norm = None if config["max_adjoint_norm"] is None else config["max_adjoint_norm"] * gamma
+    return (
+        log_prob,
+        lambda update: annealed(update / config["num_updates"], start, softening["hold"], softening["end"]),
+        max_adjoint_norm,
+    )
+
+
 def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop: adds the gradient of CTRL's objective over one batch of trajectories to every `.grad`.
 
@@ -146,15 +163,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     """
     if config["trainer"] == "policy_gradient":
         return policy_gradient_function(task, log_prob, config)
+    if config["trainer"] == "efficient_adjoint":
+        return efficient_adjoint_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
-    switch = config["speed"]["autocast"]
+    switch, gamma = config["speed"]["autocast"], config["gamma"]
     checkpointing = config["gradient_checkpointing"]  # with blocks, whole passes too where one graph spans all steps
     recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
-    log_prob = in_slices(autocast(log_prob, switch, task.control.base.device), config["speed"]["decode_size"])
-    # A steep reward needs a softer start and has steeper gradients: both settings are given for a gamma of 1.
-    softening, gamma = config["temperature"], config["gamma"]
-    start = max(1.0, softening["start"] * gamma)
-    max_adjoint_norm = None if config["max_adjoint_norm"] is None else config["max_adjoint_norm"] * gamma
+    log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 
     def gradient(update: int) -> dict[str, float]:
         batch = batch_of(update)
@@ -162,7 +177,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         if config["truncation"]:
             low, high = config["truncation"]
             cut = {"num_grad_steps": torch.randint(low, high + 1, (size,), generator=batch.generator).clamp(max=batch.process.num_steps)}
-        temperature = annealed(update / config["num_updates"], start, softening["hold"], softening["end"])
+        temperature = temperature_of(update)
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
@@ -225,6 +240,44 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
         return held["figures"] | {"clipped": gathered(torch.cat(clipped), size).mean().item()}
 
     return counted(task.control, gradient)
+
+
+def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:
+    """`gradient(update)`, for the loop, by adjoint matching in closed form, which measures no KL.
+
+    Raises UserError where the control acts on the sampler's last step.
+    """
+    control, size, num_levels = task.control, config["batch_size"], config["efficient_adjoint"]["num_levels"]
+    if all(control.active(task.process)):
+        raise UserError(
+            f"finetune.trainer is efficient_adjoint; it needs a last step that is the pretrained model's own: raise finetune.min_timestep "
+            f"above {int(task.process.timesteps[-1])}, the sampler's last timestep"
+        )
+    batch_of, kl_weight, switch = batch_function(task, config), kl_weight_of(task, config), config["speed"]["autocast"]
+    recompute = config["gradient_checkpointing"] is True
+    log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
+    before, m = batch_of(-1), 0.0  # no update draws these trajectories; a run that goes on measures them again
+    for rows in torch.arange(size).split(config["micro_batch_size"]):
+        _, pre, _, _, noise = before.part(task, rows, switch)
+        m += len(rows) / size * information(before.process, pre, noise, control.active(before.process))
+
+    def gradient(update: int) -> dict[str, float]:
+        batch, temperature, parts = batch_of(update), temperature_of(update), []
+        active = control.active(batch.process)
+        drawn = levels(active, num_levels, (size, *control.base.latent_shape), batch.generator)
+        for rows in rows_of(size).split(config["micro_batch_size"]):
+            psi, pre, _, y, noise = batch.part(task, rows, switch, recompute)
+            parts.append(
+                efficient_adjoint(
+                    batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
+                    active=active, steps=drawn["steps"][:, rows], fresh=drawn["fresh"][:, rows].to(noise), information=m, share=1 / size,
+                    max_adjoint_norm=max_adjoint_norm,
+                )
+            )  # fmt: skip
+        mean = {key: gathered(torch.cat([p[key] for p in parts]), size).mean().item() for key in ("loss", "log_prob")}
+        return {**mean, "temperature": temperature}
+
+    return counted(control, gradient)
 
 
 def supervised_gradient(task: Task, examples: Examples, config: dict) -> Callable[[int], dict[str, float]]:
