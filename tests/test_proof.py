@@ -96,6 +96,7 @@ def test_baseline_comes_near_the_exact_law(problem, method):
         assert min(scales) < problem.figures["scale"] < max(scales)
 
 
+@pytest.mark.slow
 def test_reward_maximisation_leaves_the_exact_law_and_ctrl_does_not(problem):
     """All mass goes where the label is likeliest, and the KL with it; the same trainer with the KL in its objective keeps to the law."""
     distance, share, kl = {}, {}, {}
