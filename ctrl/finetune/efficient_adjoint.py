@@ -18,10 +18,10 @@ The paper's linear base drift towards N(0, I) amounts to m = 1 − ᾱ_1. An x_1
 back at a level of its own; the passes back through the pretrained model, but for those below ᾱ_1, are gone.
 
 It is right where eps_pre is the score of what the pretrained sampler draws: with short steps, and without prompt guidance. The weights of
-separate modes come late, as no score within a mode depends on them. On the mixture an update takes a fifth of backprop's CPU time, and samples
-are 20 times the floor away after 300 updates and 4.7 times after 1,500, where 300 of backprop came to 2.9 times (sliced Wasserstein;
-`scripts/mixture.py --config config/mixture.yaml FILE --method ctrl_efficient_adjoint`, or `ctrl`, where FILE says `gammas: [1]`, `num_sets: 4`,
-`sampler: {num_steps: 64}` and `num_updates` under `finetune`).
+separate modes come late, as no score within a mode depends on them. On the mixture an update takes a fifth of backprop's CPU time, and
+samples are 20 times the floor away after 300 updates and 4.7 times after 1,500, where 300 of backprop came to 2.9 times (sliced
+Wasserstein; `scripts/mixture.py --config config/mixture.yaml FILE --method ctrl_efficient_adjoint`, or `ctrl`, where FILE says
+`gammas: [1]`, `num_sets: 4`, `sampler: {num_steps: 64}` and `num_updates` under `finetune`).
 """
 
 from collections.abc import Callable, Sequence
