@@ -87,6 +87,7 @@ def measure(config: dict, args: argparse.Namespace) -> dict:
         "num_steps": process.num_steps,
         "batch_size": settings["batch_size"],
         "micro_batch_size": settings["micro_batch_size"],
+        "gradient_checkpointing": settings["gradient_checkpointing"],
         "seconds_per_update": mean["seconds"],
         "seconds_per_trajectory": mean["seconds"] / settings["batch_size"],
         "unet_forward": mean["unet_forward"],

@@ -1,10 +1,14 @@
 """The benchmark of the trainers: its recipes, what it times, its ratios and figure, and one line for a name that there is not."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
-from ctrl import errors
+from ctrl import classifier as classifiers
+from ctrl import errors, io
 from ctrl.costs import PUBLISHED, to_markdown, with_ratios
 from ctrl.figures.trainers import memory_by_steps
 from ctrl.finetune.recipe import Task, gradient_function
@@ -12,6 +16,8 @@ from ctrl.measure import timed_updates
 from scripts.benchmark_training import recipes
 from scripts.common import DEFAULTS, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES
+from tests.repository import ROOT
+from tests.test_train_classifier import write_dataset
 
 CONFIG = read_yaml(DEFAULTS)
 
@@ -94,3 +100,22 @@ def test_memory_is_drawn_against_the_steps(tmp_path, monkeypatch):
 def test_what_cannot_be_compared_is_one_line(name, says):
     with pytest.raises(errors.UserError, match=says):
         recipes(arguments(name))
+
+
+@pytest.mark.slow
+def test_the_picture_is_drawn_of_what_was_measured(tmp_path, real, trained):
+    """Two recipes at two numbers of steps, each in a process of its own."""
+    write_dataset(tmp_path / "dataset", [part[:600] if len(part) > 3 else part for part in real])
+    classifiers.save(tmp_path / "classifier", trained[0])
+    io.write_json(tmp_path / "cells.json", {"labels": [0, 1, 2, 3], "cells": [["pullover", 0], ["coat", 1], ["bag", 2], ["sneaker", 3]]})
+    small = {"batch_size": 4, "micro_batch_size": 4}
+    io.write_json(tmp_path / "config.json", {"finetune": small, "adapters": {"published": small}})
+    given = [text for name in ("classifier", "cells.json", "dataset") for text in (f"--{name.split('.')[0]}", tmp_path / name)]
+    wanted = ["--adapters", "ctrl_adjoint", "--num-steps", "3", "6", "--updates", "1"]
+    files = ["--figure", tmp_path / "f.png", "--json", tmp_path / "f.json"]
+    command = [sys.executable, "-m", "scripts.benchmark_training", "--config", tmp_path / "config.json", *given, *wanted, *files]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = io.read_json(tmp_path / "f.json")["recipes"]
+    assert [(r["name"], r["num_steps"]) for r in rows] == [(n, s) for s in (3, 6) for n in ("ctrl_adjoint", PUBLISHED)]
+    assert (tmp_path / "f.png").stat().st_size > 1000
