@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ctrl.base import Base
 from ctrl.classifier import Classifier, Product
-from ctrl.config import check_across, for_adapter, merge
+from ctrl.config import for_adapter, merge
+from ctrl.contradictions import check_across
 from ctrl.errors import UserError
 from ctrl.gradients import MAX_ERROR, summary
 from ctrl.labels import Factors

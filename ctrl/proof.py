@@ -1,4 +1,4 @@
-"""Every method on a Gaussian mixture, and how far each is from the exact p_gamma(x | y): in samples, and on a grid in two dimensions.
+"""Every method on a Gaussian mixture, and how far each is from the exact p_gamma(x | y) over several sets of samples.
 
 A method is a function of the problem, gamma and a generator. What has a scale to tune sweeps it against exact samples of its own.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ctrl.distances import compare, sliced_wasserstein
 from ctrl.finetune import loop
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
@@ -216,39 +217,6 @@ METHODS: dict[str, Callable[[Problem, float], Draw]] = {  # seeds follow from th
 }
 
 
-def sliced_wasserstein(a: Tensor, b: Tensor, num_axes: int = 64) -> float:
-    """Mean over directions of the 1-Wasserstein distance of the projections; equally many samples, shapes (N, D)."""
-    axes = torch.randn(a.shape[1], num_axes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    axes = axes / axes.norm(dim=0)
-    return ((a.double() @ axes).sort(0)[0] - (b.double() @ axes).sort(0)[0]).abs().mean().item()
-
-
-def grid_probabilities(problem: Problem, y: int, gamma: float, edges: Tensor, fine: int = 4) -> Tensor:
-    """p_gamma(x | y) of every cell of a square grid with `edges` (G + 1,) on both axes, by midpoints of `fine`² parts; shape (G, G)."""
-    width = (edges[1] - edges[0]) / fine
-    points = edges[0] + width * (torch.arange(fine * (len(edges) - 1)) + 0.5)
-    x = torch.cartesian_prod(points, points).double()
-    log_p = problem.mixture.log_density(x) + gamma * problem.label.log_probs(x)[:, y]
-    size = len(edges) - 1
-    return log_p.softmax(0).view(size, fine, size, fine).sum((1, 3))
-
-
-def total_variation(samples: Tensor, probabilities: Tensor, edges: Tensor) -> float:
-    """½ Σ |share of samples − probability| over the cells of a grid; what lies outside counts as one more cell."""
-    counts = torch.histogramdd(samples.float().contiguous(), bins=[edges.float(), edges.float()]).hist / len(samples)
-    return 0.5 * ((counts - probabilities).abs().sum() + (1 - counts.sum())).item()
-
-
-def compare(problem: Problem, gamma: float, drawn: Sequence[Tensor], truth: Sequence[Tensor], num_cells: int = 40) -> dict[str, float]:
-    """Means over the labels of the distances of one method's samples to exact ones and, in two dimensions, to the exact density."""
-    figures = {"sliced_wasserstein": sum(map(sliced_wasserstein, drawn, truth)) / len(drawn)}
-    if problem.mixture.dim == 2:
-        edges = torch.linspace(-4, 4, num_cells + 1)
-        densities = [grid_probabilities(problem, y, gamma, edges) for y in range(len(drawn))]
-        figures["total_variation"] = sum(total_variation(x, p, edges) for x, p in zip(drawn, densities, strict=True)) / len(drawn)
-    return figures
-
-
 def compare_sets(
     problem: Problem, gamma: float, draw: Draw, num: int, num_sets: int, seeds: tuple[int, int]
 ) -> tuple[list[Tensor], dict[str, float]]:
@@ -263,7 +231,7 @@ def compare_sets(
             [d(y, num, torch.Generator().manual_seed(seed + 10_000_000 * k + 1000 * round(1000 * gamma) + y)) for y in labels]
             for d, seed in zip((draw, truth), seeds, strict=True)
         )
-        rows.append(compare(problem, gamma, own, right))
+        rows.append(compare(problem.mixture, problem.label, gamma, own, right))
         first = first or own
     figures = {}
     for name in rows[0]:

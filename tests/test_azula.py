@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ctrl.distances import sliced_wasserstein
 from ctrl.guidance.particles import smc, systematic
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, exact, process_of
 from ctrl.process import Process
-from ctrl.proof import sliced_wasserstein
 from ctrl.sampling import sample
 from tests.test_mixture import COVARIANCES, MEANS, WEIGHTS
 

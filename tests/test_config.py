@@ -6,10 +6,12 @@ import json
 import pytest
 import yaml
 
-from ctrl.config import MIXTURE, check, check_scales, for_adapter, merge, resolve
+from ctrl.config import check_scales, for_adapter, merge, resolve
+from ctrl.contradictions import MIXTURE
 from ctrl.errors import UserError
 from ctrl.finetune.objective import effective_gamma
 from ctrl.names import dial_of, recipe_of, sample_of, split_strength
+from ctrl.schema import check
 from scripts import common
 
 

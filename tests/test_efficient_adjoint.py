@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from ctrl.control import Control
+from ctrl.distances import sliced_wasserstein
 from ctrl.errors import UserError
 from ctrl.finetune.backprop import bounded
 from ctrl.finetune.efficient_adjoint import efficient_adjoint, end_of_control, information, levels, noised, optimal_eps
 from ctrl.finetune.recipe import Task, gradient_function
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
 from ctrl.process import Process
-from ctrl.proof import sliced_wasserstein
 from ctrl.sampling import sample
 from scripts.common import DEFAULTS, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES

@@ -5,12 +5,13 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from ctrl.distances import sliced_wasserstein
 from ctrl.errors import UserError
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.guidance.classifier import classifier_guidance
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, noisy_log_prob, process_of
-from ctrl.proof import Problem, compare_sets, draw_exact, sliced_wasserstein
+from ctrl.proof import Problem, compare_sets, draw_exact
 from ctrl.sampling import path_statistics, sample
 
 WEIGHTS, MEANS = [0.3, 0.3, 0.2, 0.2], [[-2, -1], [2, -1], [0, 2], [0, 0]]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from ctrl.distances import sliced_wasserstein
 from ctrl.guidance.mpgd import mpgd
 from ctrl.guidance.particles import smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, exact, process_of
 from ctrl.process import Process
-from ctrl.proof import METHODS, Problem, sliced_wasserstein
+from ctrl.proof import METHODS, Problem
 from ctrl.sampling import sample
 from tests.test_mixture import COVARIANCES, MEANS, WEIGHTS
 

@@ -71,7 +71,7 @@ CODE = {
     "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
     "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline pictures")],
-    "mixture": ["scripts/mixture.py", *lib("mixture proof process sampling"), *GUIDES, *TRAINERS],
+    "mixture": ["scripts/mixture.py", *lib("mixture proof distances process sampling"), *GUIDES, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION],
     "tabulate": ["scripts/tabulate_results.py", *lib("tables")],
     "plot_figures": [*lib("plot_figures cells", "scripts"), *PICTURES, *ORACLES, *lib("evaluation labels pairs pictures targets")],
