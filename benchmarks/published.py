@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ctrl.base import Base
-from ctrl.finetune.recipe import LogProb, Task, batch_function
+from ctrl.finetune.task import LogProb, Task, batch_function
 
 
 def published_gradient(task: Task, pretrained: Base, log_prob: LogProb, config: dict) -> Callable[[int], dict[str, float]]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 from ctrl import classifier as classifiers
 from ctrl import errors
-from ctrl.finetune.recipe import Task
+from ctrl.finetune.task import Task
 from ctrl.labels import Factors
 from ctrl.measure import update_seconds
 from scripts.common import add_config_argument, cores_of, load_config

@@ -26,8 +26,9 @@ from ctrl import errors
 from ctrl.base_files import Source
 from ctrl.config import for_adapter, merge
 from ctrl.costs import PUBLISHED, to_markdown, with_ratios
-from ctrl.finetune.recipe import Task, counted, gradient_function
+from ctrl.finetune.gradients import counted, gradient_function
 from ctrl.finetune.speed import wanted
+from ctrl.finetune.task import Task
 from ctrl.labels import Factors
 from ctrl.measure import alone, peak_memory_mb, seconds, timed_rows, timed_updates
 from scripts.common import add_config_argument, load_config

@@ -16,7 +16,9 @@ from ctrl.base import Base
 from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.finetune import loop
-from ctrl.finetune.recipe import Examples, LogProb, Task, gradient_function, optimizer_of, supervised_gradient, updates_per_draw
+from ctrl.finetune.gradients import gradient_function, supervised_gradient, updates_per_draw
+from ctrl.finetune.recipe import optimizer_of
+from ctrl.finetune.task import Examples, LogProb, Task
 from ctrl.pairs import draw
 
 STATUS = Path("/proc/self/status")

@@ -14,7 +14,8 @@ from ctrl import errors
 from ctrl.config import for_adapter, merge
 from ctrl.costs import PUBLISHED, to_markdown, with_ratios
 from ctrl.figures import trainers as figures
-from ctrl.finetune.recipe import Task, gradient_function
+from ctrl.finetune.gradients import gradient_function
+from ctrl.finetune.task import Task
 from ctrl.io import read_json, write_text
 from ctrl.labels import space_of
 from ctrl.measure import Killed, alone, timed_rows, timed_updates

@@ -6,7 +6,7 @@ from ctrl import classifier as classifiers
 from ctrl import doctor, errors, measure, suggestion
 from ctrl.config import merge
 from ctrl.doctor import Finding
-from ctrl.finetune.recipe import Task
+from ctrl.finetune.task import Task
 from ctrl.io import read_json
 from ctrl.labels import Factors
 from scripts.cells import load_training_cells

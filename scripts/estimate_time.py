@@ -13,7 +13,7 @@ from ctrl import control as controls
 from ctrl import errors, estimate, measure, tables
 from ctrl.config import for_adapter
 from ctrl.cores import jobs_at_once
-from ctrl.finetune.recipe import Task
+from ctrl.finetune.task import Task
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.sampling import noise_of, sample
 from scripts.common import add_config_argument, cores_of, load_config

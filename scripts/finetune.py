@@ -22,7 +22,9 @@ from ctrl.config import for_adapter, needs_classifier
 from ctrl.embedding import check_distinct
 from ctrl.finetune import loop
 from ctrl.finetune.objective import effective_gamma
-from ctrl.finetune.recipe import Task, probe_function, train
+from ctrl.finetune.probe import probe_function
+from ctrl.finetune.recipe import train
+from ctrl.finetune.task import Task
 from ctrl.io import alone, read_json
 from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run

@@ -14,7 +14,7 @@ from ctrl import classifier as classifiers
 from ctrl import errors, evaluation, features
 from ctrl.base import Base
 from ctrl.finetune import parallel
-from ctrl.finetune.recipe import Examples, LogProb
+from ctrl.finetune.task import Examples, LogProb
 from ctrl.io import read_json, read_parquet
 from ctrl.labels import Continuous, Factors, factors_of
 from ctrl.oracles import to_pil

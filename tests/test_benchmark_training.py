@@ -11,7 +11,8 @@ from ctrl import classifier as classifiers
 from ctrl import errors, io
 from ctrl.costs import PUBLISHED, to_markdown, with_ratios
 from ctrl.figures.trainers import memory_by_steps
-from ctrl.finetune.recipe import Task, gradient_function
+from ctrl.finetune.gradients import gradient_function
+from ctrl.finetune.task import Task
 from ctrl.measure import timed_updates
 from scripts.benchmark_training import recipes
 from scripts.common import DEFAULTS, read_yaml

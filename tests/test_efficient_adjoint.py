@@ -9,7 +9,8 @@ from ctrl.distances import sliced_wasserstein
 from ctrl.errors import UserError
 from ctrl.finetune.backprop import bounded
 from ctrl.finetune.efficient_adjoint import efficient_adjoint, end_of_control, information, levels, noised, optimal_eps
-from ctrl.finetune.recipe import Task, gradient_function
+from ctrl.finetune.gradients import gradient_function
+from ctrl.finetune.task import Task
 from ctrl.mixture import Controlled, GaussianMixture, SoftmaxLinear, active, exact, process_of
 from ctrl.process import Process
 from ctrl.sampling import sample

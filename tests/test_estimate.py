@@ -3,7 +3,7 @@
 import pytest
 
 from ctrl import estimate, measure, tables
-from ctrl.finetune.recipe import Task
+from ctrl.finetune.task import Task
 from scripts.common import DEFAULTS, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES
 from tests.repository import ROOT

@@ -10,7 +10,8 @@ from ctrl import base as bases
 from ctrl import control as controls
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.control import Control
-from ctrl.finetune.recipe import Examples, Task, gradient_function, supervised_gradient
+from ctrl.finetune.gradients import gradient_function, supervised_gradient
+from ctrl.finetune.task import Examples, Task
 from ctrl.oracles import to_pil
 from ctrl.sampling import noise_of, sample
 from tests import kinds

@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 from ctrl import base as bases
 from ctrl import errors
 from ctrl.control import Control
-from ctrl.finetune.recipe import Examples, Task, train
+from ctrl.finetune.recipe import train
+from ctrl.finetune.task import Examples, Task
 from scripts.training import join_processes
 
 def main():

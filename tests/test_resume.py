@@ -26,7 +26,8 @@ from ctrl.control import Control
 from ctrl import errors
 from ctrl.errors import Stopped
 from ctrl.finetune import loop
-from ctrl.finetune.recipe import Task, gradient_function
+from ctrl.finetune.gradients import gradient_function
+from ctrl.finetune.task import Task
 
 base = bases.load(sys.argv[1])
 process = base.process(4)

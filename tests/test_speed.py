@@ -7,8 +7,10 @@ from diffusers.models.attention_processor import Attention
 
 from ctrl.control import Control
 from ctrl.errors import UserError
-from ctrl.finetune.recipe import Task, gradient_function, optimizer_of
+from ctrl.finetune.gradients import gradient_function
+from ctrl.finetune.recipe import optimizer_of
 from ctrl.finetune.speed import compile_for_fixed_shapes, in_slices, prepare, wanted
+from ctrl.finetune.task import Task
 from scripts.common import DEFAULTS, SCHEMA, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES
 

@@ -5,9 +5,10 @@ import torch
 
 from ctrl.control import Control
 from ctrl.errors import UserError
-from ctrl.finetune import recipe
-from ctrl.finetune.recipe import Examples, Task, supervised_gradient
+from ctrl.finetune import gradients as module
+from ctrl.finetune.gradients import supervised_gradient
 from ctrl.finetune.supervised import supervised
+from ctrl.finetune.task import Examples, Task
 from ctrl.labels import Factors
 
 
@@ -80,7 +81,7 @@ def test_an_update_follows_from_its_number(task, examples):
 def test_dropped_labels_teach_the_embedding_nothing(task, examples, monkeypatch):
     name = "class_embedding.weight"
     assert gradients(task, examples, 0)[1][name].abs().sum() > 0
-    monkeypatch.setattr(recipe, "LABEL_DROPOUT", 1.0)
+    monkeypatch.setattr(module, "LABEL_DROPOUT", 1.0)
     dropped = gradients(task, examples, 0)[1]
     assert dropped[name] is None or not dropped[name].any()
     assert any(g is not None and g.any() for k, g in dropped.items() if k != name)
@@ -109,7 +110,7 @@ def labels_asked_for(control, examples, monkeypatch, size, update=5):
     """The codes of one update, without a network: what `supervised` would ask the denoiser for."""
     asked = []
     monkeypatch.setattr(control, "denoiser", lambda process, prompts, y: asked.append(y))
-    monkeypatch.setattr(recipe, "supervised", lambda *args: {"loss": torch.zeros(())})
+    monkeypatch.setattr(module, "supervised", lambda *args: {"loss": torch.zeros(())})
     supervised_gradient(Task(control, control.base.process(4), [("coat", 0)], ["{}"], 1.0, 0), examples, settings(size))(update)
     return asked[0]
 
@@ -117,7 +118,7 @@ def labels_asked_for(control, examples, monkeypatch, size, update=5):
 def test_one_factor_is_dropped_by_the_numbers_that_it_always_was(control, examples, monkeypatch):
     generator = torch.Generator().manual_seed(5)
     expected = examples.labels[torch.randint(6, (200,), generator=generator)]
-    expected[torch.rand(200, generator=generator) < recipe.LABEL_DROPOUT] = control.null
+    expected[torch.rand(200, generator=generator) < module.LABEL_DROPOUT] = control.null
     assert torch.equal(labels_asked_for(control, examples, monkeypatch, 200), expected)
 
 

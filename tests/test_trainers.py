@@ -12,7 +12,8 @@ from ctrl import errors, evaluation, metrics
 from ctrl.features import GarmentNet, extract
 from ctrl.figures import trainers as figures
 from ctrl.finetune import loop
-from ctrl.finetune.recipe import Task, probe_function
+from ctrl.finetune.probe import probe_function
+from ctrl.finetune.task import Task
 from ctrl.io import write_json, write_text
 from ctrl.oracles import pixels
 from ctrl.trainers import Run, build, by_recipe, sentences, to_markdown

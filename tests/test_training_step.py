@@ -10,7 +10,8 @@ from benchmarks.published import published_gradient
 from ctrl import base as bases
 from ctrl.config import for_adapter, merge
 from ctrl.costs import with_ratios
-from ctrl.finetune.recipe import Task, counted
+from ctrl.finetune.gradients import counted
+from ctrl.finetune.task import Task
 from scripts.common import DEFAULTS, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES
 
