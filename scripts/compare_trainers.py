@@ -30,10 +30,11 @@ def main() -> None:
         trainers.Run(folder.name, read_rows(folder / "history.jsonl"), read_json(folder / "adapter.json"), evaluations[folder.name])
         for folder in args.adapters
     ]
-    table = trainers.build(runs)
+    target = config["trainers"]["target"]
+    table = trainers.build(runs, target)
     curves = {recipe: [one.curve() for one in its] for recipe, its in trainers.by_recipe(runs).items()}
     with run(config, config["experiment"], "compare trainers", {}, config["mlflow"]["tracking_uri"]) as log:
-        figures.comparison(curves, trainers.TARGET, args.output)
+        figures.comparison(curves, target, args.output)
         write_text(args.output_csv, to_csv(table))
         write_text(args.output_md, trainers.to_markdown(table))
         for file in (args.output, args.output_csv, args.output_md):

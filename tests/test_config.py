@@ -128,6 +128,7 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("adapters: {ctrl: {rank: 3}}", "adapters"),
         ("trainers: {recipes: [ctrl, adjoint]}", "trainers.recipes has adjoint; the recipes are ctrl, cfg"),
         ("trainers: {seeds: [0, 0]}", "trainers.seeds is [0, 0]"),
+        ("trainers: {target: 95}", "trainers.target is 95; it must be a finite number above 0, at most 1"),
         ("sampler: {spacing: quadratic, eta: 0.5}", "with sampler.spacing quadratic it must be 1"),
         ("finetune: {temperature: {hold: 0.9}}", "must not be above its end"),
         ("finetune: {micro_batch_size: 48}", "it must divide finetune.batch_size"),

@@ -62,6 +62,8 @@ def test_the_table_has_means_and_ranges_over_seeds_and_when_the_target_was_first
     assert [ctrl[f"seconds_to_target{end}"] for end in ("", "_min", "_max")] == [10, 8, 12], "the first probe there, although it fell"
     assert ctrl["passes_to_target"] == 200 and ctrl["seconds"] == 12 and ctrl["unet_forward"] == 180
     assert adjoint["seeds_at_target"] == 1 and pd.isna(adjoint["seconds_to_target"])
+    sooner = build(RUNS, 0.55).set_index("recipe")
+    assert sooner.loc["published", "seconds_to_target"] == 30, "40 s and 20 s"
     with pytest.raises(errors.UserError, match="trained on a CPU and a GPU"):
         build([RUNS[0], run("ctrl_seed1", [0.5], device="a GPU")])
 
@@ -73,7 +75,8 @@ def test_the_soonest_must_be_diverse_and_is_held_against_the_published_recipe():
     collapsed = [run("ctrl", [0.96], diversity=0.5), run("published", [0.97], diversity=0.4)]
     assert sentences(build(collapsed))[0].startswith("No recipe reached 0.95")
     never = build([RUNS[0], run("published", [0.5, 0.6])])
-    assert "`published` reached 0.95 in 0 of 1 seeds" in " ".join(sentences(never))
+    assert "`published` reached 0.95 in 0 of 1 seeds, in 8 s of training: 1.0 times as long." in " ".join(sentences(never))
+    assert "s to 0.55 (probe)" in to_markdown(build(RUNS, 0.55)) and "to reach 0.55 accuracy" in to_markdown(build(RUNS, 0.55))
     lines = to_markdown(build(RUNS)).splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1 and "– (1 of 2 seeds)" in lines[4]
     assert "n = 512" in "".join(lines) and "The probe is 64 images" in "".join(lines)
