@@ -14,6 +14,7 @@ from torch import Tensor
 from ctrl.base_files import Source, find, load_pipeline
 from ctrl.process import Denoiser, Process, quadratic_timesteps
 
+ENCODED_PIXELS = 2**18  # that go through the VAE at a time: one image of 512 x 512
 Condition = dict[str, Tensor | dict[str, Tensor]]  # the UNet's keyword arguments that say what to draw
 
 
@@ -132,16 +133,24 @@ class Base:
         """The pretrained model, with its prompt guidance."""
         return self.guided(process, prompts, guidance_scale, None, None)
 
+    def synchronize(self) -> None:
+        """Waits until all that was asked of the GPU is done, before a clock is read; nothing on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def decode(self, x_0: Tensor) -> Tensor:
         """Images, nominally in [-1, 1] but not clamped, with shape (B, 3, H, W), from latents; differentiable."""
         vae = self.pipe.vae
         return vae.decode(x_0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].to(x_0.dtype)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Latents with shape (N, C, h, w) of images in [-1, 1] with shape (N, 3, H, W): the posterior's mean, scaled."""
-        vae = self.pipe.vae
-        parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mean for part in images.split(batch_size)]
+    def encode_images(self, images: Tensor, batch_size: int | None = None) -> Tensor:
+        """Latents with shape (N, C, h, w) of uint8 images with shape (N, 3, H, W): the posterior's mean, scaled.
+
+        `batch_size` images go through the VAE at a time; None: as many as have ENCODED_PIXELS together.
+        """
+        vae, size = self.pipe.vae, batch_size or max(1, ENCODED_PIXELS // (images.shape[-1] * images.shape[-2]))
+        parts = [vae.encode((part / 127.5 - 1).to(self.device, vae.dtype)).latent_dist.mean for part in images.split(size)]
         return torch.cat(parts).float() * vae.config.scaling_factor
 
     def fingerprint(self) -> str:

@@ -95,7 +95,7 @@ def factor_scores(table: pd.DataFrame, report: dict) -> dict[str, np.ndarray]:
 
 def score_images(images: Tensor, oracle: str | Mapping) -> np.ndarray:
     """The oracle's scores (N,) of uint8 images (N, 3, H, W)."""
-    return scorer(oracle)(to_pil(images / 127.5 - 1))
+    return scorer(oracle)(to_pil(images))
 
 
 def number_cells(samples: Samples, reference: Samples) -> tuple[Tensor, Tensor]:
@@ -202,9 +202,16 @@ def further_figures(samples: Samples, config: dict, seed: int = 0) -> dict[str, 
     return figures
 
 
+def in_cells_of(samples: Samples, table: pd.DataFrame) -> Samples:
+    """Those of the (subject, label) cells that `table` has: a few images a label need not reach every subject."""
+    cells = set(zip(table["subject"], table["label"].astype(int), strict=True))
+    own = zip(samples.table["subject"], samples.table["label"].astype(int), strict=True)
+    return rows_of(samples, np.array([cell in cells for cell in own], dtype=bool))
+
+
 def rows_of(samples: Samples, chosen: np.ndarray) -> Samples:
     """Those with `chosen`, bool (N,)."""
-    return Samples(samples.folder, samples.table[chosen].reset_index(drop=True), samples.images[torch.from_numpy(chosen)], samples.info)
+    return Samples(samples.folder, samples.table[chosen].reset_index(drop=True), samples.images[torch.tensor(chosen)], samples.info)
 
 
 def label_figures(samples: Samples, report: dict, over_seeds: Callable) -> tuple[dict, dict]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 
 import pandas as pd
 import torch
@@ -39,6 +38,7 @@ def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Ite
         x_0, columns = draw(batch["prompt"].tolist(), torch.tensor(batch["label"].to_numpy()), batch["seed"].tolist())
         with torch.no_grad():
             images = base.decode(x_0).clamp(-1, 1)
+        base.synchronize()
         n = len(batch)
         cost = {
             "nfe_forward": (base.passes.forward - forward) / n,
@@ -49,47 +49,43 @@ def generate(base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int) -> Ite
 
 
 def reject(
-    base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int,
-    label_of: Callable[[Tensor], Sequence[float]], first_seed: int, max_draws: int = 20_000, tolerance: float = 0.0,
+    base: Base, rows: pd.DataFrame, draw: Draw, batch_size: int, label_of: Callable[[Tensor], Sequence[float]], seeds: Sequence[int],
+    tolerance: float = 0.0,
 ) -> Iterator[tuple[Tensor, pd.DataFrame]]:  # fmt: skip
-    """Exact conditional samples: draws from the pretrained model until the oracle (`label_of` images) says the row's label.
+    """Exact conditional samples of one prompt: draws from the pretrained model until the oracle (`label_of` images) says the row's label.
 
-    All labels of a subject share one stream of draws, in which the draws with label y are independent samples of p(x | c, y). A row's cost
-    is what it would have been for that label alone: all draws since the label came last. Seeds follow `first_seed` and replace the rows'.
-    A continuous label is met by a score within `tolerance` of it; the labels of a subject are to be at least two tolerances apart.
-    Raises UserError where `max_draws` of one subject do not suffice.
+    All labels share one stream of draws, in which the draws with label y are independent samples of p(x | c, y). A row's cost is what it
+    would have been for that label alone: all draws since the label came last. The draws take `seeds` in turn, which replace the rows'.
+    A continuous label is met by a score within `tolerance` of it; the labels are to be at least two tolerances apart.
+    Raises UserError where the `seeds` do not suffice.
     """
-    for number, (subject, wanted) in enumerate(rows.groupby("subject", sort=False)):
-        open_rows = {y: list(group.index) for y, group in wanted.groupby("label")}
-        cost = {y: {"nfe_forward": 0.0, "nfe_backward": 0.0, "seconds": 0.0} for y in open_rows}
-        prompts = wanted["prompt"].drop_duplicates().tolist()
-        for block in count():
-            if not open_rows:
-                break
-            if block * batch_size >= max_draws:
-                y, left = next(iter(open_rows.items()))
-                raise UserError(
-                    f"rejection: {max_draws} draws of {subject!r} left {len(left)} rows of label {y:.4g}; "
-                    f"raise {'label.tolerance' if tolerance else 'cells.min_probability'}"
-                )
-            seeds = range(first_seed + number * max_draws + block * batch_size, first_seed + number * max_draws + (block + 1) * batch_size)
-            draws = pd.DataFrame({"prompt": [prompts[s % len(prompts)] for s in seeds], "label": -1, "seed": seeds})
-            images, draws = next(generate(base, draws, draw, batch_size))
-            taken, accepted = [], []
-            for k, found in enumerate(label_of(images)):
-                y = next((asked for asked in open_rows if abs(asked - found) <= tolerance), None)
-                for spent in cost.values():
-                    for name in spent:
-                        spent[name] += draws.iloc[k][name]
-                if y is not None:
-                    taken.append(k)
-                    row = rows.loc[open_rows[y].pop(0)].to_dict()
-                    accepted.append(row | {"prompt": draws.iloc[k]["prompt"], "seed": draws.iloc[k]["seed"]} | cost[y])
-                    cost[y] = dict.fromkeys(cost[y], 0.0)
-                    if not open_rows[y]:
-                        del open_rows[y], cost[y]
-            if taken:
-                yield images[taken], pd.DataFrame(accepted)
+    (prompt,), (subject,) = rows["prompt"].unique(), rows["subject"].unique()
+    open_rows = {y: list(group.index) for y, group in rows.groupby("label")}
+    cost = {y: {"nfe_forward": 0.0, "nfe_backward": 0.0, "seconds": 0.0} for y in open_rows}
+    for start in range(0, len(seeds), batch_size):
+        draws = pd.DataFrame({"prompt": prompt, "label": -1, "seed": seeds[start : start + batch_size]})
+        images, draws = next(generate(base, draws, draw, batch_size))
+        taken, accepted = [], []
+        for k, found in enumerate(label_of(images)):
+            y = next((asked for asked in open_rows if abs(asked - found) <= tolerance), None)
+            for spent in cost.values():
+                for name in spent:
+                    spent[name] += draws.iloc[k][name]
+            if y is not None:
+                taken.append(k)
+                accepted.append(rows.loc[open_rows[y].pop(0)].to_dict() | {"seed": draws.iloc[k]["seed"]} | cost[y])
+                cost[y] = dict.fromkeys(cost[y], 0.0)
+                if not open_rows[y]:
+                    del open_rows[y], cost[y]
+        if taken:
+            yield images[taken], pd.DataFrame(accepted)
+        if not open_rows:
+            return
+    y, left = next(iter(open_rows.items()))
+    raise UserError(
+        f"rejection: {len(seeds)} draws of {subject!r} left {len(left)} rows of label {y:.4g}; "
+        f"raise {'label.tolerance' if tolerance else 'cells.min_probability'}"
+    )
 
 
 def path_figures(

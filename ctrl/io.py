@@ -227,27 +227,35 @@ def _is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, identity: str | None = None) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`, which takes its place on success and is removed on failure.
 
     A folder already at `path` is replaced as a whole. A full disk, in whatever way it shows in the body, raises UserError naming `path`.
+    With an `identity` the temporary folder stays on failure, and the next run of the same identity is given it as it was left, to go on
+    from there; what a run of another one left is removed.
     """
     path = Path(path)
-    temporary = _temporary(path)
-    replaced = path.with_name(f".{path.name}.old")
+    temporary, replaced = _temporary(path), path.with_name(f".{path.name}.old")
+    mark = temporary / ".identity"
     with alone(path):
         try:
-            for leftover in (temporary, replaced):
+            goes_on = identity is not None and mark.exists() and mark.read_text() == identity
+            for leftover in (replaced, *([] if goes_on else [temporary])):
                 if leftover.exists():
                     shutil.rmtree(leftover)
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
+            if identity is not None and not goes_on:
+                write_text(mark, identity)
             yield temporary
+            for own in temporary.glob(f"{mark.name}*"):
+                own.unlink()
             if path.exists():
                 os.replace(path, replaced)
             os.replace(temporary, path)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if identity is None:
+                shutil.rmtree(temporary, ignore_errors=True)
             if _is_full_disk(error):
                 raise _cannot_write(path, os.strerror(error.errno) if isinstance(error, OSError) else error) from error
             raise

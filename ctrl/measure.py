@@ -124,8 +124,7 @@ def update_cost(task: Task, log_prob: LogProb, config: dict) -> dict:
     """What an update of the finetune section `config` costs: measured on one micro-batch, scaled to `batch_size`.
 
     Timed are an update of long steps and one of the sampler's own, after one that is not counted, and each with those that learn from the
-    same trajectories. Time grows with the number of micro-batches, memory does not; but `policy_gradient` keeps its trajectories, and
-    `supervised` takes its whole batch at a time.
+    same trajectories. Time grows with the number of micro-batches, memory does not; but `policy_gradient` keeps its trajectories.
     """
     base, size, batch, num = task.control.base, config["micro_batch_size"], config["batch_size"], config["num_updates"]
     reuse = updates_per_draw(config)
@@ -138,8 +137,6 @@ def update_cost(task: Task, log_prob: LogProb, config: dict) -> dict:
     peak = memory = peak_memory_mb(base)
     if config["trainer"] == "policy_gradient":
         memory += (batch - size) * (3 * task.process.num_steps + 1) * math.prod(base.latent_shape) * 4 / 2**20
-    elif config["trainer"] == "supervised":
-        memory += (peak - before) * (batch / size - 1)
     return {
         "trainer": config["trainer"],
         "batch_size": batch,

@@ -100,7 +100,7 @@ def kid(x: Tensor, y: Tensor, cells: Pair | None = None, clusters: Pair | None =
     """
     sets = _sets(x, y, cells, clusters)
     ones = [torch.ones(1, len(z), dtype=torch.float64) for z, _, _ in sets]
-    return _weighted_kid(sets, ones, within).item()
+    return _weighted_kid(sets, _kernels(sets, within), ones, within).item()
 
 
 def kid_interval(
@@ -118,8 +118,9 @@ def kid_interval(
     sets = _sets(x, y, cells, clusters)
     weights = [w / _sum_cells(w, c)[:, c] for w, (_, c, _) in zip(_bootstrap_weights(sets, num_bootstrap, seed), sets, strict=True)]
     ones = [1 / torch.bincount(c).double()[c][None] for _, c, _ in sets]
-    value, up = _weighted_kid(sets, ones, within), _weighted_kid(sets, weights, within)
-    down = _weighted_kid(sets, [2 * o - w for o, w in zip(ones, weights, strict=True)], within)
+    kernels = _kernels(sets, within)
+    value, up = _weighted_kid(sets, kernels, ones, within), _weighted_kid(sets, kernels, weights, within)
+    down = _weighted_kid(sets, kernels, [2 * o - w for o, w in zip(ones, weights, strict=True)], within)
     linear, quadratic = ((up - down) / 2).var(), ((up + down) / 2).var()
     shrink = (((linear - 2 * quadratic).clamp(min=0) + quadratic) / up.var().clamp(min=1e-300)).sqrt().clamp(max=1)
     return _percentiles(value + shrink * (up - value))
@@ -143,15 +144,24 @@ def _sets(x: Tensor, y: Tensor, cells: Pair | None, clusters: Pair | None) -> li
     return sets
 
 
-def _weighted_kid(sets: list[tuple[Tensor, Tensor, Tensor]], weights: list[Tensor], within: bool) -> Tensor:
-    """`kid` for B sets of weights on the rows, [(B, N), (B, M)], that are normalised in every cell here; returns (B,)."""
+def _kernels(sets: list[tuple[Tensor, Tensor, Tensor]], within: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """k of every pair in x, in y, and of both: (N, N), (M, M), (N, M); `within`, 0 for pairs of two cells."""
     (x, cx, _), (y, cy, _) = sets
-    share = torch.bincount(cx).double() / len(cx)
-    u, v = (w / _sum_cells(w, c)[:, c] for w, (_, c, _) in zip(weights, sets, strict=True))  # sum to 1 in every cell
     kxx, kyy = (_fill(polynomial_kernel(z, z), c, g) for z, c, g in sets)
     kxy = polynomial_kernel(x, y)
     if within:
         kxx, kyy, kxy = (k * (c[:, None] == d) for k, c, d in ((kxx, cx, cx), (kyy, cy, cy), (kxy, cx, cy)))
+    return kxx, kyy, kxy
+
+
+def _weighted_kid(
+    sets: list[tuple[Tensor, Tensor, Tensor]], kernels: tuple[Tensor, Tensor, Tensor], weights: list[Tensor], within: bool
+) -> Tensor:
+    """`kid` for B sets of weights on the rows, [(B, N), (B, M)], that are normalised in every cell here; returns (B,)."""
+    ((_, cx, _), (_, cy, _)), (kxx, kyy, kxy) = sets, kernels
+    share = torch.bincount(cx).double() / len(cx)
+    u, v = (w / _sum_cells(w, c)[:, c] for w, (_, c, _) in zip(weights, sets, strict=True))  # sum to 1 in every cell
+    if within:
         return ((u @ kxx) * u) @ share[cx] + ((v @ kyy - 2 * u @ kxy) * v) @ share[cy]
     u, v = u * share[cx], v * share[cy]  # sum to 1 over all
     return ((u @ kxx) * u).sum(1) + ((v @ kyy) * v).sum(1) - 2 * ((u @ kxy) * v).sum(1)
@@ -312,7 +322,8 @@ def bootstrap(
     values = []
     for _ in range(num_bootstrap):
         draw = order[first + (torch.rand(len(order), generator=generator, dtype=torch.float64) * width).long()]
-        values.append(statistic(draw if len(members) == n else torch.cat([members[i] for i in draw.tolist()])))
+        alone = groups is None and len(members) == n  # then rows are as good as clusters
+        values.append(statistic(draw if alone else torch.cat([members[i] for i in draw.tolist()])))
     return _percentiles(torch.tensor(values, dtype=torch.float64))
 
 

@@ -38,12 +38,14 @@ def get_oracle(name: str) -> Callable[[Image.Image], float]:
 
 
 def to_pil(images: "Tensor") -> list[Image.Image]:
-    """RGB pictures of 256 levels from a tensor in [-1, 1] with shape (B, 3, H, W); values outside are clamped."""
+    """RGB pictures of 256 levels from uint8, or from a tensor in [-1, 1] whose values outside are clamped, with shape (B, 3, H, W)."""
     return [Image.fromarray(p) for p in pixels(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def pixels(images: "Tensor") -> "Tensor":
-    """256 levels, uint8, of a tensor in [-1, 1]; values outside are clamped."""
+    """256 levels, uint8, of a tensor in [-1, 1]; values outside are clamped. What is uint8 stays as it is."""
+    if not images.is_floating_point():
+        return images
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 

@@ -14,7 +14,17 @@ from ctrl.errors import UserError
 
 # Seeds of different splits never meet: the images of the table share no noise with those that settings were chosen on.
 SEED_OFFSETS = {"train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
+STREAM, STREAMS = 20_000, 25  # draws of a prompt by rejection at most, and how many such streams lie between two sets of seeds
 NEVER = 1e-6  # the classifier gives a label less often: there is nothing to learn from, and rejection would not end
+
+
+def stream_of(first_seed: int, number: int) -> range:
+    """The seeds that rejection draws from for the `number`-th prompt of a set that begins at `first_seed`: no two streams share one.
+
+    As many as STREAMS fit before the next set of seeds begins; the others lie behind those of all sets.
+    """
+    first = first_seed + (number % STREAMS) * STREAM + (number // STREAMS) * 10**12
+    return range(first, first + STREAM)
 
 
 def possible_cells(probability: Tensor, subjects: Sequence[str], names: Sequence[str], min_probability: float) -> list[tuple[str, int]]:
@@ -121,7 +131,7 @@ def table_of_subjects(subjects: Sequence[str], templates: Sequence[str], per_sub
 
 
 def choose_setting(sweep: Sequence[dict], tolerance: float = 0.02) -> dict:
-    """The row that validation prompts choose, by one rule for every method.
+    """The row that validation prompts choose, by one rule for every method that has a scale to tune.
 
     Of the settings whose accuracy (of a continuous label: R²) is within `tolerance` of the best, the one nearest to the exact law
     (`kid_rejection_within`).

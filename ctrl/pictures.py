@@ -65,14 +65,19 @@ def read_image(path: Path, image_size: int | None = None, crop: bool = False) ->
 
 def load_images(paths: Iterable[Path | str]) -> Tensor:
     """Images of one size as uint8 with shape (N, 3, H, W); UserError naming the file where one cannot be read."""
-    arrays: list[np.ndarray] = []
-    for path in paths:
+    paths, images = list(paths), None
+    for k, path in enumerate(paths):
         try:
-            arrays.append(np.asarray(read_image(Path(path))))
+            pixels = torch.from_numpy(np.array(read_image(Path(path)))).permute(2, 0, 1)
         except Refused as error:
             raise UserError(f"{path}: {error}") from error
-        if arrays[-1].shape != arrays[0].shape:
-            raise UserError(f"{path} has {arrays[-1].shape[:2]} pixels, the images before it {arrays[0].shape[:2]}: one size is needed")
-    if not arrays:
+        if images is None:  # all of them may be most of the memory there is: no second copy
+            images = torch.empty(len(paths), *pixels.shape, dtype=torch.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise UserError(
+                f"{path} has {tuple(pixels.shape[1:])} pixels, the images before it {tuple(images.shape[2:])}: one size is needed"
+            )
+        images[k] = pixels
+    if images is None:
         raise UserError("no images to load: the table is empty")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return images

@@ -109,6 +109,7 @@ def draw_trained(
     """Fine-tuned on `reward` · gamma · log p(y | x_0) − `kl_weight` · KL, the KL summed or averaged over dimensions."""
     kl_weight, settings = summed_kl_weight(kl_weight, kl_reduction, problem.mixture.dim), problem.settings
     process, closed_form = process_of(problem.mixture, problem.num_steps), trainer is efficient_adjoint
+    amounts_to = reward * gamma / kl_weight if kl_weight else math.nan  # log w is constant at the optimum of this gamma
     if closed_form:
         noise = problem.noise(1000, torch.Generator().manual_seed(problem.seed + 99))
         m = information(process, problem.mixture.denoiser(process), noise, active(process))
@@ -123,14 +124,14 @@ def draw_trained(
         figures = trainer(
             process, psi, pre, lambda x: problem.label.log_prob(x, y), noise, reward * gamma, kl_weight, share=share, active=acts, **own
         )
-        return figures | ({} if closed_form else {"log_w": gamma * figures["log_prob"] - figures["log_ratio"]})
+        return figures | ({} if closed_form else {"log_w": amounts_to * figures["log_prob"] - figures["log_ratio"]})
 
     net = train(problem, f"{name}_gamma{gamma:g}", loss)
     generator = torch.Generator().manual_seed(problem.seed + 77)
     y = torch.arange(problem.label.num_classes).repeat_interleave(1000)
     pre, noise = remembering(problem.mixture.denoiser(process)), problem.noise(len(y), generator)
     x, kl, log_ratio = path_statistics(process, net.denoiser(process, y, pre=pre), pre, noise, active(process))
-    log_w = gamma * problem.label.log_prob(x, y) - log_ratio
+    log_w = amounts_to * problem.label.log_prob(x, y) - log_ratio
     problem.figures |= {"kl_nats": kl.mean().item(), "var_log_w": within_cell_variance(log_w, y.tolist())}
     return sampler(problem, lambda y: net.denoiser(process, y))
 

@@ -1,8 +1,10 @@
-"""What every script shares: the `--config` argument and the checked configuration behind it."""
+"""What every script shares: the `--config` argument, the checked configuration behind it, and what a run depends on in short."""
 
 import argparse
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -45,6 +47,16 @@ def read_yaml(path: Path) -> dict:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path}: must hold keys and values, but it holds {type(content).__name__}")
     return check_size(content or {}, str(path))
+
+
+def contents(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def digest(*parts) -> str:
+    """What a run depends on, as a short text: what another run left half done is not gone on with."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def cores_of(text: str) -> int:

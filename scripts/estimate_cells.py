@@ -19,7 +19,7 @@ from scripts.common import add_config_argument, load_config
 
 def ranges(pool: pd.DataFrame, images: torch.Tensor, report: dict, quantiles: list[float]) -> dict:
     """cells.json of a continuous label: the range and spread of each subject's scores by the oracle, and the targets as cells."""
-    scored = pool.assign(score=scorer(report)(to_pil(images / 127.5 - 1)))
+    scored = pool.assign(score=scorer(report)(to_pil(images)))
     scores = {subject: group["score"].to_numpy() for subject, group in scored.groupby("subject", sort=False)}
     targets, bounds = range(report["num_classes"]), (report["low"], report["high"])
     found = possible_ranges(scores, quantiles, bounds, len(targets), report["tolerance"])

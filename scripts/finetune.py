@@ -4,8 +4,6 @@ On several GPUs: `accelerate launch --multi_gpu --num_processes N scripts/finetu
 """
 
 import argparse
-import hashlib
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +27,9 @@ from ctrl.io import alone, read_json
 from ctrl.labels import Continuous, space_of
 from ctrl.tracking import run
 from scripts.cells import load_training_cells
-from scripts.common import add_config_argument, load_config
+from scripts.common import add_config_argument, contents, digest, load_config
 from scripts.loading import load_base, new_control
-from scripts.training import check_labels, contents, join_processes, learned_from, score_function
+from scripts.training import check_labels, join_processes, learned_from, score_function
 
 
 def parse() -> argparse.Namespace:
@@ -52,11 +50,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter; a checkpoint in it is resumed")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     return parser.parse_args()
-
-
-def digest(*parts) -> str:
-    """What a run depends on, as a short text: a checkpoint of another run is not resumed."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def figures_of(name: str, settings: dict, amounts_to: float, history: list[dict], base: Base) -> dict:
@@ -102,7 +95,7 @@ def main() -> None:
     task = Task(control, process, cells, templates["train"], sampler["guidance_scale"], config["seed"])
     probe = probe_function(replace(task, templates=templates["val"]), score, settings["probe"]["num_images"], settings["micro_batch_size"])
     prompts = templates["train"], templates["val"]
-    identity = digest(settings, sampler, *prompts, cells, base.fingerprint(), config["seed"], contents(files))
+    identity = digest(settings, sampler, config["base"], *prompts, cells, base.fingerprint(), config["seed"], contents(files))
     tags = {"method": args.name, "gamma": settings["gamma"]}
     if not main_process:
         train(task, log_prob, probe, settings, args.output, identity, examples=examples)

@@ -1,7 +1,9 @@
 """Draw images by one method of config/methods.tsv: a folder of PNGs with a table of prompts, labels, seeds and costs."""
 
 import argparse
-from collections.abc import Iterable
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,17 @@ from tqdm import tqdm
 
 from ctrl import classifier as classifiers
 from ctrl import errors
+from ctrl.base import Base
 from ctrl.control import Control
+from ctrl.finetune.objective import effective_gamma
 from ctrl.generate import MakeDenoiser, denoised, generate, path_figures, reject
-from ctrl.io import atomic_folder, read_json, write_json, write_parquet
+from ctrl.io import atomic_folder, read_json, read_parquet, write_json, write_parquet
 from ctrl.oracles import to_pil
-from ctrl.pairs import SEED_OFFSETS, table_of_subjects
+from ctrl.pairs import SEED_OFFSETS, stream_of, table_of_subjects
 from ctrl.process import Process
 from ctrl.tracking import run
 from scripts.cells import load_requests
-from scripts.common import add_config_argument, load_config
+from scripts.common import add_config_argument, contents, digest, load_config
 from scripts.guided import method_denoiser, particle_draw
 from scripts.loading import load_base, load_method, load_oracle, log_prob_of_latents, strength_of
 
@@ -73,19 +77,44 @@ def table_of_rows(config: dict, args: argparse.Namespace, method: pd.Series, fir
     return table_of_subjects(subjects, templates, args.per_subject, first_seed)
 
 
-def write_images(batches: Iterable[tuple[Tensor, pd.DataFrame]], folder: Path, bar: tqdm) -> pd.DataFrame:
-    """Writes images/*.png and samples.parquet into an existing folder; returns the table."""
-    (folder / "images").mkdir()
-    tables = []
-    for images, table in batches:
-        names = [f"images/{bar.n + k:06d}.png" for k in range(len(table))]
-        for image, name in zip(to_pil(images), names, strict=True):
-            image.save(folder / name)
-        tables.append(table.assign(file_name=names))
-        bar.update(len(table))
+def write_images(
+    parts: Sequence[pd.DataFrame], draw: Callable[[int], Iterable[tuple[Tensor, pd.DataFrame]]], folder: Path, bar: tqdm
+) -> pd.DataFrame:
+    """Writes images/*.png and samples.parquet into an existing folder; returns the table.
+
+    `draw(k)` gives the images of `parts[k]` and their rows. A part that is done leaves its table in the folder, and is not drawn again.
+    """
+    done, tables, first = folder / "parts", [], 0
+    for subfolder in (folder / "images", done):
+        subfolder.mkdir(exist_ok=True)
+    for k, part in enumerate(parts):
+        if not (finished := done / f"{k}.parquet").exists():
+            batches, number = [], first
+            for images, table in draw(k):
+                names = [f"images/{number + i:06d}.png" for i in range(len(table))]
+                for image, name in zip(to_pil(images), names, strict=True):
+                    image.save(folder / name)
+                batches.append(table.assign(file_name=names))
+                number += len(table)
+                bar.update(len(table))
+            write_parquet(finished, pd.concat(batches, ignore_index=True))
+        else:
+            bar.update(len(part))
+        tables.append(read_parquet(finished))
+        first += len(part)
     samples = pd.concat(tables, ignore_index=True)
     write_parquet(folder / "samples.parquet", samples)
+    shutil.rmtree(done)
     return samples
+
+
+def identity_of(config: dict, args: argparse.Namespace, method: pd.Series, rows: pd.DataFrame, base: Base) -> str:
+    """What the images depend on: a run that was cut off is gone on with where this is the same."""
+    given = [path for path in (args.adapter, args.classifier, args.tuning, args.dataset and args.dataset / "report.json") if path]
+    files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    read = contents([file for file in files if file.suffix in (".json", ".safetensors")])
+    settings = {key: config[key] for key in ("seed", "base", "sampler", "particles")} | {"gamma": config["finetune"]["gamma"]}
+    return digest(settings, method.to_dict(), args.strength, rows.to_json(), base.fingerprint(), read)
 
 
 def figures_of_adapter(
@@ -103,10 +132,16 @@ def figures_of_adapter(
         if "target" in samples:  # a continuous label: not what lies beyond the ranges that it was trained for
             samples = samples[samples["target"].between(0, config["label"]["num_classes"] - 1)]
         rows = samples.sample(min(num_images, len(samples)), random_state=0)
+        optimum, settings = adapter["gamma"], adapter["finetune"]
+        if settings["trainer"] != "supervised":
+            dimensions = math.prod(base.latent_shape)
+            optimum = effective_gamma(adapter["gamma"], settings["kl_weight"], settings["kl_reduction"], dimensions)
         figures |= path_figures(
-            base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, adapter["gamma"],
+            base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, optimum,
             config["sampler"]["batch_size"], [acts and args.strength != 0 for acts in control.active(process)],
         )  # fmt: skip
+        if settings["trainer"] == "policy_gradient" or not math.isfinite(optimum):
+            figures["var_log_w"] = None  # it climbs another reward, or has no optimum
     return figures
 
 
@@ -124,14 +159,21 @@ def main() -> None:
         draw = particle_draw(base, process, config, args.classifier, method["guidance"])
     if method["family"] == "rejection":
         tolerance = read_json(args.dataset / "report.json").get("tolerance", 0.0)
-        batches = reject(base, rows, draw, batch_size, load_oracle(args.dataset), first_seed, tolerance=tolerance)
+        oracle, parts = load_oracle(args.dataset), [part for _, part in rows.groupby("prompt", sort=False)]
+
+        def drawn(k: int) -> Iterable[tuple[Tensor, pd.DataFrame]]:
+            return reject(base, parts[k], draw, batch_size, oracle, stream_of(first_seed, k), tolerance)
     else:
-        batches = generate(base, rows, draw, batch_size)
+        parts = [rows.iloc[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+        def drawn(k: int) -> Iterable[tuple[Tensor, pd.DataFrame]]:
+            return generate(base, parts[k], draw, batch_size)
 
     name = f"sample {args.output.name}" + (" (validation)" if args.split == "val" else "")
     with run(config, config["experiment"], name, {"method": args.method, "split": args.split}, config["mlflow"]["tracking_uri"]) as tracker:
-        with atomic_folder(args.output) as folder, tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image") as bar:
-            samples = write_images(batches, folder, bar)
+        bar = tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image")
+        with atomic_folder(args.output, identity_of(config, args, method, rows, base)) as folder, bar:
+            samples = write_images(parts, drawn, folder, bar)
             info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
             if "effective_sample_size" in samples:  # of the particles, after each step
                 info["effective_sample_size"] = np.mean(samples["effective_sample_size"].tolist(), axis=0).tolist()

@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
 def load_generated(folder: Path, report: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Generated images, uint8 with shape (N, 3, H, W), and their labels (scores, of a continuous one) by the oracle, (N,)."""
     images = load_images(folder / name for name in io.read_parquet(folder / "samples.parquet")["file_name"])
-    scores = scorer(report)(to_pil(images / 127.5 - 1))
+    scores = scorer(report)(to_pil(images))
     return images, torch.from_numpy(measured_labels({report["oracle"]: scores}, report))
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     base, process = load_base(config, args.num_threads)
     table, latents = read_parquet(args.dataset / "metadata.parquet"), {}
     for split, part in table[table["split"].isin(SPLITS)].groupby("split"):  # the held-out combinations have no use here
-        x_0 = base.encode_images(load_images(part["path"]) / 127.5 - 1)
+        x_0 = base.encode_images(load_images(part["path"]))
         latents[split] = x_0, torch.tensor(part["label"].tolist(), device=x_0.device)
     shape = {"num_classes": num_classes, "latent_channels": base.latent_shape[0]}
     description = shape | {key: settings[key] for key in ("width", "dropout")}

@@ -1,7 +1,6 @@
 """What a training is given: its processes, what its trainer learns from, and what its probe measures and shows."""
 
 import argparse
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,18 +31,13 @@ def join_processes() -> bool:
     return parallel.is_main()
 
 
-def contents(files: Sequence[Path]) -> list[str]:
-    """The SHA-256 of each file."""
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
 def load_examples(base: Base, dataset: Path) -> Examples:
     """The labelled images that the classifier was trained on, as latents."""
     table = read_parquet(dataset / "metadata.parquet")
     table = table[table["split"] == "train"]
     if not table["prompt"].str.strip().any():
         raise errors.UserError(f"{dataset} has no prompts: classifier-free guidance learns from (prompt, image, label); CTRL needs none")
-    latents = base.encode_images(load_images(table["path"]) / 127.5 - 1)
+    latents = base.encode_images(load_images(table["path"]))
     return Examples(latents, table["prompt"].tolist(), torch.tensor(table["label"].tolist()))
 
 

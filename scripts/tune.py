@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ctrl import control as controls
 from ctrl import errors, features
-from ctrl.evaluation import Samples, by_target, evaluate, load_samples, values_of, with_scores
+from ctrl.evaluation import Samples, by_target, evaluate, in_cells_of, load_samples, values_of, with_scores
 from ctrl.figures.curves import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
@@ -62,7 +62,7 @@ def main() -> None:
             pixels = ((torch.cat(images) + 1) * 127.5).round().byte()
             table = by_target(with_scores(pd.concat(tables).assign(file_name=""), pixels, oracles))
             samples = Samples(args.output, table, pixels, {})
-            figures = evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
+            figures = evaluate(samples, in_cells_of(reference, table), network, report, config["evaluation"], config["seed"])
             names = ["accuracy", "macro_f1", "r2", "mae", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]
             sweep.append({"scale": scale, "n": len(table), **values_of(figures, names)})
             tracker.log_metrics({key: value for key, value in sweep[-1].items() if key != "scale"}, len(sweep))

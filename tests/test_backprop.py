@@ -69,6 +69,22 @@ def test_held_parameters_move_nothing_but_x(noise):
     assert torch.equal(held(x, 0), psi(x, 0))
 
 
+def test_without_a_kl_the_pretrained_model_is_not_differentiated(noise):
+    """Reward maximisation reports the KL; a way back through pre would cost a third of its time for a gradient of zero."""
+    followed = {}
+    for kl_weight in (1.0, 0.0):
+        psi, asked = Toy(), []
+
+        def pre(x, i, asked=asked):
+            asked.append(torch.is_grad_enabled())
+            return PRE(x, i)
+
+        figures = backprop(PROCESS, psi, pre, log_prob, noise, 1.0, kl_weight)
+        followed[kl_weight] = asked, figures["kl_nats"]
+    assert any(followed[1.0][0]) and not any(followed[0.0][0])
+    assert len(followed[0.0][0]) == len(followed[1.0][0]) and torch.equal(followed[0.0][1], followed[1.0][1])
+
+
 @pytest.mark.parametrize("kl_weight", [1.0, 0.3])
 def test_control_variate_is_the_gradient_along_the_trajectory(noise, kl_weight):
     """−gamma log p + kl_weight Σ log psi(x_s | x_t) / pre(x_s | x_t), whose densities hold psi's parameters fixed."""

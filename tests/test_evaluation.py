@@ -66,6 +66,16 @@ def load(folders):
     return [evaluation.load_samples(f, "brightness", 4) for f in folders]
 
 
+def test_a_reference_is_held_against_the_cells_that_were_asked_for(folders):
+    samples, reference = load(folders)
+    few = evaluation.rows_of(samples, (samples.table["label"] < 2).to_numpy())
+    with pytest.raises(UserError, match="has none; draw both with the same cells"):
+        evaluation.number_cells(few, reference)
+    chosen = evaluation.in_cells_of(reference, few.table)
+    assert len(chosen.images) == len(chosen.table) == 24 and set(chosen.table["label"]) == {0, 1}
+    assert [len(part) for part in evaluation.number_cells(few, chosen)] == [24, 24]
+
+
 def test_figures(folders, network):
     result = evaluation.evaluate(*load(folders), network, REPORT, CONFIG)
     figures = result["metrics"]

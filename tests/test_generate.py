@@ -59,7 +59,7 @@ def threshold(base, process, monkeypatch):
 
 def test_rejection_gives_what_was_asked_for_and_counts_every_draw(base, process, threshold):
     rows = rows_of(*[("coat", "coat", y, 0) for y in (0, 1, 0, 1, 1)])
-    images, tables = zip(*reject(base, rows, pretrained(base, process), 8, brightness_label, 1000), strict=True)
+    images, tables = zip(*reject(base, rows, pretrained(base, process), 8, brightness_label, range(1000, 1200)), strict=True)
     table = pd.concat(tables)
     assert sorted(table["label"]) == [0, 0, 1, 1, 1]
     assert brightness_label(torch.cat(images)) == table["label"].tolist()
@@ -71,14 +71,14 @@ def test_rejection_gives_what_was_asked_for_and_counts_every_draw(base, process,
 
 def test_rejected_image_is_that_of_its_seed(base, process, threshold):
     rows = rows_of(("coat", "coat", 1, 0))
-    images, table = next(reject(base, rows, pretrained(base, process), 4, brightness_label, 1000))
+    images, table = next(reject(base, rows, pretrained(base, process), 4, brightness_label, range(1000, 1200)))
     again = sample(process, base.denoiser(process, ["coat"]), noise_of(table["seed"], base.latent_shape, 3))
     assert torch.allclose(base.decode(again).clamp(-1, 1), images, atol=1e-4)
 
 
 def test_hopeless_rejection_gives_up(base, process):
     with pytest.raises(UserError, match="16 draws of 'coat' left 1 rows of label 1"):
-        list(reject(base, rows_of(("coat", "coat", 1, 0)), pretrained(base, process), 8, lambda x: [0] * len(x), 0, max_draws=16))
+        list(reject(base, rows_of(("coat", "coat", 1, 0)), pretrained(base, process), 8, lambda x: [0] * len(x), range(16)))
 
 
 def test_path_of_the_base_costs_no_nats(control, process):

@@ -126,6 +126,25 @@ def test_atomic_folder_keeps_the_old_one_on_failure(tmp_path, name):
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["before"]
 
 
+def test_a_folder_with_an_identity_is_gone_on_with_by_the_same_run_alone(tmp_path):
+    path = tmp_path / "out"
+    for identity, found in (("a", []), ("a", ["half"]), ("b", []), ("b", ["half"])):
+        with pytest.raises(ValueError), io.atomic_folder(path, identity) as folder:
+            assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == found
+            (folder / "half").write_text("")
+            raise ValueError
+    assert not path.exists()
+    with io.atomic_folder(path, "b") as folder:
+        (folder / "rest").write_text("")
+    assert sorted(os.listdir(path)) == ["half", "rest"] and sorted(os.listdir(tmp_path)) == ["out"]
+    with pytest.raises(ValueError), io.atomic_folder(path, "b") as folder:
+        assert os.listdir(folder) == [".identity"], "what is done is no part of the next run"
+        raise ValueError
+    assert sorted(os.listdir(path)) == ["half", "rest"]
+    with io.atomic_folder(path) as folder:
+        assert os.listdir(folder) == [], "a run without an identity begins anew"
+
+
 def test_what_a_killed_run_left_is_cleared(tmp_path):
     code = (
         f"import os; from ctrl import io\nwith io.atomic_folder({str(tmp_path / 'out')!r}) as f: (f / 'half').write_text(''); os._exit(9)"

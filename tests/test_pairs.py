@@ -1,12 +1,13 @@
 """Which prompts are asked for with which labels."""
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 
 from ctrl.errors import UserError
-from ctrl.pairs import choose_setting, draw, possible_cells, table_of_cells, table_of_subjects
+from ctrl.pairs import SEED_OFFSETS, choose_setting, draw, possible_cells, stream_of, table_of_cells, table_of_subjects
 
 CELLS = [("coat", 0), ("bag", 0), ("coat", 1)]
 
@@ -43,6 +44,15 @@ def test_table_asks_every_label_equally_often_with_shared_seeds():
     assert set(zip(table["subject"], table["label"], strict=True)) == set(CELLS)
     assert table.groupby("label")["seed"].apply(list).to_dict() == {0: [100, 101, 102, 103, 104], 1: [100, 101, 102, 103, 104]}
     assert table["prompt"].nunique() == 4
+
+
+def test_no_two_streams_of_seeds_meet_however_many_prompts_there_are():
+    first = [offset + reference for offset in SEED_OFFSETS.values() for reference in (0, 500_000)]
+    streams = sorted((stream_of(start, k) for start in first for k in range(60)), key=lambda stream: stream.start)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(streams)) and {len(s) for s in streams} == {20_000}
+    tables = [range(start, start + 20_000) for start in first]  # what the methods are asked for has the first seeds of its set
+    assert all(stream_of(start, k).start > 3_520_000 or stream_of(start, k).stop <= start + 500_000 for start in first for k in range(60))
+    assert [stream_of(start, 0) for start in first] == tables
 
 
 def test_table_of_subjects_has_its_own_seed_for_each_row():

@@ -12,8 +12,8 @@ from ctrl.finetune.task import Examples, Task
 from ctrl.labels import Factors
 
 
-def settings(size: int) -> dict:
-    return {"batch_size": size, "speed": {"autocast": False}}
+def settings(size: int, at_a_time: int | None = None) -> dict:
+    return {"batch_size": size, "micro_batch_size": at_a_time or size, "speed": {"autocast": False}}
 
 
 @pytest.fixture
@@ -63,10 +63,10 @@ def test_steps_of_their_own_give_each_image_what_it_has_alone(control):
         assert torch.allclose(guided[k], alone[0], atol=1e-5)
 
 
-def gradients(task, examples, update):
+def gradients(task, examples, update, at_a_time=None):
     for p in task.control.parameters().values():
         p.grad = None
-    figures = supervised_gradient(task, examples, settings(4))(update)
+    figures = supervised_gradient(task, examples, settings(4, at_a_time))(update)
     return figures, {name: None if p.grad is None else p.grad.clone() for name, p in task.control.parameters().items()}
 
 
@@ -76,6 +76,27 @@ def test_an_update_follows_from_its_number(task, examples):
     assert all(torch.equal(one[k], same[k]) for k in one if one[k] is not None)
     assert any(not torch.equal(one[k], other[k]) for k in one if one[k] is not None)
     assert examples.labels.tolist() == [0, 1, 2, 0, 1, 2], "dropping labels leaves the data alone"
+
+
+def test_gradients_accumulate_over_micro_batches(task, examples):
+    (whole, one), (parts, other) = (gradients(task, examples, 3, size) for size in (4, 3))
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5) and parts["unet_forward"] == 4
+    assert all(torch.allclose(one[k], other[k], rtol=1e-4, atol=1e-5) for k in one if one[k] is not None)
+
+
+def test_where_the_prompt_is_guided_some_images_lose_prompt_and_label(control, examples, monkeypatch):
+    """Guidance starts from neither: a model that never saw that would be asked for what it was not taught."""
+    asked = []
+    monkeypatch.setattr(module, "supervised", lambda *args: {"loss": torch.zeros(())})
+    monkeypatch.setattr(control, "denoiser", lambda process, prompts, y: asked.append((prompts, y)))
+    for scale in (1.0, 7.5):
+        task = Task(control, control.base.process(4), [("coat", 0)], ["{}"], scale, 0)
+        supervised_gradient(task, examples, settings(10_000))(3)
+    (all_prompted, _), (prompts, y) = asked
+    assert None not in all_prompted
+    without = torch.tensor([prompt is None for prompt in prompts])
+    assert without.float().mean().item() == pytest.approx(0.1, abs=0.01) and (y[without] == control.null).all()
+    assert (y[~without] == control.null).float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
 def test_dropped_labels_teach_the_embedding_nothing(task, examples, monkeypatch):
@@ -132,7 +153,7 @@ def test_each_factor_is_dropped_by_itself_and_all_together(base, examples, monke
 
 
 def test_encoded_images_decode_to_themselves_in_scale(base):
-    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     x_0 = base.encode_images(images, batch_size=2)
-    mean = base.pipe.vae.encode(images).latent_dist.mean
+    mean = base.pipe.vae.encode(images / 127.5 - 1).latent_dist.mean
     assert torch.allclose(x_0, mean * base.pipe.vae.config.scaling_factor, atol=1e-5) and not x_0.requires_grad

@@ -60,17 +60,18 @@ def backprop(
             log_ratio = log_ratio + torch.nan
             x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
             continue
-        with torch.set_grad_enabled(x.requires_grad):
+        with torch.set_grad_enabled(x.requires_grad and kl_weight > 0):  # without a KL pre is a figure to report, and no more
             eps_pre = pre(x, i)
-        kl_i = weight * process.kl(i, eps, eps_pre)
+        kl_i = weight * process.kl(i, eps if kl_weight > 0 else eps.detach(), eps_pre)
         kl = kl + kl_i.detach()
         if held is not None and kl_weight and x.requires_grad:
             kl_i = kl_i + weight * process.martingale(i, held(x, i), eps_pre, noise[i + 1])
         log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre.detach(), noise[i + 1])
         if (i < first).all():  # nothing later depends on this step's graph: free it now
-            (share * kl_weight * kl_i.sum()).backward()
+            if kl_weight > 0:
+                (share * kl_weight * kl_i.sum()).backward()
             eps = eps.detach()
-        else:
+        elif kl_weight > 0:
             loss = loss + kl_weight * kl_i.sum()
         x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
     log_p = log_prob(x)

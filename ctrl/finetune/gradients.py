@@ -1,5 +1,6 @@
 """`gradient(update)` of each trainer, for the loop: draws an update's trajectories, anneals, runs the trainer, and sums up the figures."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         return efficient_adjoint_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
     switch, gamma = config["speed"]["autocast"], config["gamma"]
+    amounts_to = gamma / kl_weight if kl_weight else math.inf  # log w is constant at the optimum of this gamma
     checkpointing = config["gradient_checkpointing"]  # with blocks, whole passes too where one graph spans all steps
     recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
@@ -56,7 +58,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
-        variance = batch.variance(gamma * terms["log_prob"] - terms["log_ratio"])
+        variance = batch.variance(amounts_to * terms["log_prob"] - terms["log_ratio"]) if math.isfinite(amounts_to) else {}
         return {"loss": loss, **mean, "temperature": temperature, **variance}
 
     return counted(task.control, gradient)
@@ -181,7 +183,8 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
 def supervised_gradient(task: Task, examples: Examples, config: dict) -> Callable[[int], dict[str, float]]:
     """`gradient(update)`, for the loop: denoising of labelled images, some of whose labels are dropped (Ho & Salimans 2022).
 
-    With several factors each is dropped by itself, since guidance is asked for labels that leave some of them free, and at times all.
+    With several factors each is dropped by itself, since guidance is asked for labels that leave some of them free, and at times all. Where
+    the prompt is guided, too, some images lose both.
     """
     control, process, batch_size = task.control, task.process, config["batch_size"]
     labels, num_factors = control.space.check_codes(examples.labels, len(examples.x_0)), control.space.num_factors
@@ -194,13 +197,18 @@ def supervised_gradient(task: Task, examples: Examples, config: dict) -> Callabl
         dropped = torch.rand(num_factors, batch_size, generator=generator) < LABEL_DROPOUT
         if num_factors > 1:  # guidance starts from no label at all, which is rare where each factor is dropped by itself
             dropped |= torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
+        prompts = [examples.prompts[k] for k in chosen.tolist()]
+        if task.guidance_scale != 1:  # of the prompt, which at sampling starts from neither prompt nor label
+            unprompted = torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
+            dropped |= unprompted
+            prompts = [None if without else prompt for prompt, without in zip(prompts, unprompted.tolist(), strict=True)]
         y = control.space.freed(labels[chosen], dropped.T)
-
-        rows = rows_of(batch_size)
-        psi = control.denoiser(process, [examples.prompts[k] for k in chosen[rows].tolist()], y[rows])
-        psi = autocast(psi, config["speed"]["autocast"], control.base.device)
-        x_0 = examples.x_0[chosen.to(examples.x_0.device)]
-        loss = supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process), rows)["loss"]
+        x_0, state, loss = examples.x_0[chosen.to(examples.x_0.device)], generator.get_state(), 0.0
+        for rows in rows_of(batch_size).split(config["micro_batch_size"]):
+            generator.set_state(state)  # what is random of an image does not depend on the others at a time
+            psi = control.denoiser(process, [prompts[k] for k in rows], y[rows])
+            psi = autocast(psi, config["speed"]["autocast"], control.base.device)
+            loss = loss + supervised(process, psi, x_0, generator, 1 / batch_size, control.active(process), rows)["loss"]
         return {"loss": gathered(loss[None], world()[1]).sum().item()}
 
     return counted(control, gradient)

@@ -76,7 +76,7 @@ def batch_function(task: Task, config: dict) -> Callable[[int], Batch]:
     long_steps = task.process.coarse(config["coarse"]["stride"], task.control.active(task.process))
 
     def batch(update: int) -> Batch:
-        process = long_steps if update / config["num_updates"] < config["coarse"]["end"] else task.process
+        process = long_steps if max(update, 0) / config["num_updates"] < config["coarse"]["end"] else task.process
         generator = torch.Generator().manual_seed(task.seed * 1_000_003 + update)
         drawn = draw(task.cells, task.templates, config["batch_size"], generator)
         return Batch(process, *drawn, torch.randint(2**62, (config["batch_size"],), generator=generator), generator)

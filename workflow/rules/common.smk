@@ -58,7 +58,7 @@ GUIDES, CLASSIFIER = lib("classifier mpgd particles reconstruction", "ctrl/guida
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
-TRAINERS = lib("adjoint backprop efficient_adjoint loop objective parallel policy_gradient recipe speed supervised", "ctrl/finetune")
+TRAINERS = sorted(map(str, Path("ctrl/finetune").glob("[!_]*.py")))
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
