@@ -1,7 +1,7 @@
 """The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, computed by ctrl/activations.py and not measured on any such card.
 
 Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
-blocks, `speed: {decode_size: 1}`, LoRA of rank 16 on attention, 50 steps. `--check` compares the formula with the growth of a process on
+blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps. `--check` compares the formula with the growth of a process on
 this machine's CPU, for the networks of Stable Diffusion 1.5 at 256x256 in float32.
 """
 
@@ -19,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 from ctrl import errors
 from ctrl.activations import DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
 from ctrl.measure import alone, status_mb
+from scripts.common import DEFAULTS, read_yaml
 
 CARDS, NUM_STEPS, SHARE = (12, 24, 40, 80), 50, 0.92  # GB; of the card, to be filled
 KEPT = 6  # float32 tensors of a latent's shape that a step keeps: x_t, its noise, eps of psi and pre, and what the KL needs of them
-TARGETS, VAE = (
-    ["to_q", "to_k", "to_v", "to_out.0"],
-    {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4},
-)
+LORA = read_yaml(DEFAULTS)["finetune"]["lora"]
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 SDXL = {
     "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "transformer_layers_per_block": (1, 2, 10),
@@ -41,7 +40,7 @@ def unet_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1
     """A UNet with LoRA, how many values are trained, and a function that makes one pass of it."""
     with torch.device(device):
         unet = UNet2DConditionModel(**config).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+        unet.add_adapter(LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=LORA["target_modules"]))
         unet.to(dtype)
         size = config["sample_size"]
         x = torch.zeros(batch_size, 4, size, size, dtype=dtype).requires_grad_()

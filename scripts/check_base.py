@@ -1,9 +1,12 @@
-"""Check that the base is there before anything expensive runs: fetch it if it is on the hub, and say what it is. No weights are loaded."""
+"""Check, before anything expensive runs, that the base is there, and a network behind the distances that knows what will be drawn.
+
+What is on the hub is fetched. The base's weights are not loaded.
+"""
 
 import argparse
 from pathlib import Path
 
-from ctrl import errors
+from ctrl import errors, features
 from ctrl.base_files import find
 from ctrl.io import write_json
 from scripts.common import add_config_argument, load_config
@@ -20,6 +23,13 @@ def main() -> None:
     found = source.described()
     if (drawn := found["image_size"]) != size:
         raise errors.UserError(f"dataset.image_size is {size}, but {source.name} draws {drawn} pixels: give images of that size")
+    drawn = [*config["prompts"]["subjects"], *config["prompts"]["held_out"]]
+    known = features.load(config["evaluation"]["features"]).subjects
+    if known and (strange := [subject for subject in drawn if subject not in known]):
+        raise errors.UserError(
+            f"evaluation.features is {config['evaluation']['features']}, which does not know {strange[0]!r} of prompts; set it to clip, "
+            "which takes any prompt"
+        )
     if source.revision and source.revision != asked["revision"]:
         print(f"{source.name} is now at {source.revision}: give that as base.revision, and it stays the same model")
     if args.output:

@@ -1,6 +1,7 @@
 """From the configuration and files to the objects of the library: what several scripts load alike."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ctrl import classifier as classifiers
 from ctrl.base import Base
 from ctrl.bins import measured_labels
 from ctrl.control import Control
+from ctrl.device import device_of
 from ctrl.errors import UserError
 from ctrl.finetune.speed import prepare
 from ctrl.generate import MakeDenoiser
@@ -28,7 +30,7 @@ def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Proce
     """The pretrained model of the config, on a GPU if there is one, and its reverse process."""
     if num_threads:
         torch.set_num_threads(num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(os.environ)
     asked, sampler = config["base"], config["sampler"]
     base = base_models.load(asked["path"], asked["revision"], asked["dtype"], device, asked["variant"], asked["config"])
     return base, base.process(sampler["num_steps"], sampler["eta"], sampler["spacing"])

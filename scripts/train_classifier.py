@@ -1,6 +1,7 @@
 """Train p(y | x) on the offline dataset, calibrate it on a split of its own, and measure it on held-out and on generated images."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ctrl import classifier as classifiers
 from ctrl import classifier_quality, coverage, errors, io, own, tracking
 from ctrl.bins import measured_labels
 from ctrl.classifier_fit import fit
+from ctrl.device import device_of
 from ctrl.labels import factors_of
 from ctrl.oracles import to_pil
 from ctrl.pictures import load_images
@@ -72,7 +74,7 @@ def main() -> None:
     args, started = parse(), time.perf_counter()
     config = load_config(args)
     torch.set_num_threads(args.num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(os.environ)
     report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
     images = load_images(table["path"])
     settings, factors, quality = config["classifier"], factors_of(report), quality_of(report)

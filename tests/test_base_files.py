@@ -198,6 +198,10 @@ def test_the_first_rule_says_what_the_base_is(tmp_path, cache, monkeypatch, caps
     config.write_text(json.dumps({"base": {"path": NAME}, "dataset": {"image_size": 32}}))
     with pytest.raises(UserError, match="dataset.image_size is 32, but owner/tiny-sd draws 16 pixels"):
         run(monkeypatch, "--config", config)
+    strange = {"base": {"path": NAME}, "dataset": {"image_size": 16}, "prompts": {"subjects": ["coat", "cat"]}}
+    config.write_text(json.dumps(strange))
+    with pytest.raises(UserError, match="evaluation.features is resources/garments, which does not know 'cat' of prompts; set it to clip"):
+        run(monkeypatch, "--config", config)
     config.write_text(json.dumps({"base": {"path": "owner/other"}}))
     with pytest.raises(UserError, match="owner/other is not in the cache"):
         run(monkeypatch, "--config", config, "--output", tmp_path / "none.json")

@@ -1,7 +1,8 @@
-"""Cells of a file: pairs of a subject and one of the file's labels, or one line."""
+"""Cells of a file: pairs of a subject and one of the file's labels, or one line; where to compute, or one line."""
 
 import pytest
 
+from ctrl import device
 from ctrl.errors import UserError
 from ctrl.io import write_json
 from scripts.cells import load_cells, load_requests, load_training_cells
@@ -49,3 +50,12 @@ def test_a_wrong_label_is_one_line(tmp_path, label):
 def test_a_wrong_cell_is_one_line(tmp_path, cell):
     with pytest.raises(UserError, match="is no pair of a subject and a label"):
         load_cells(write(tmp_path, cells=[cell]))
+
+
+def test_a_gpu_that_torch_cannot_use_is_one_line_and_no_silent_cpu(monkeypatch):
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    assert device.device_of({}) == "cpu" and device.device_of({"SLURM_JOB_GPUS": ""}) == "cpu"
+    with pytest.raises(UserError, match="this job has GPU 3, but torch .* cannot use it: its driver is too old"):
+        device.device_of({"SLURM_JOB_GPUS": "3"})
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    assert device.device_of({"SLURM_JOB_GPUS": "3"}) == "cuda"

@@ -11,7 +11,10 @@ from tests.repository import ROOT
 LOGGING = ("journal", "mlflow_client", "tracking")
 INFRASTRUCTURE = {
     "scripts/common.py",
-    *(f"ctrl/{name}.py" for name in ("config", "contradictions", "errors", "folders", "io", "names", "schema", "__init__", *LOGGING)),
+    *(
+        f"ctrl/{name}.py"
+        for name in ("config", "contradictions", "device", "errors", "folders", "io", "names", "schema", "__init__", *LOGGING)
+    ),
 }
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
 SCORING = {f"ctrl/{name}.py" for name in ("aesthetic", "clip", "oracles", "own", "scoring")}

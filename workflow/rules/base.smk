@@ -1,6 +1,6 @@
 # The first step: whether the base can be had at all, before anything expensive runs.
 #
-# Needs  the config's section `base`; for a name on the hub a network, or the model in the hub's cache
+# Needs  the config's section `base`, and the network behind the distances; for a name on the hub a network, or the model in the hub's cache
 # Makes  results/{experiment}/base.json: the base's kind, its commit, what it predicts, the size of its images
 
 
@@ -16,7 +16,7 @@ rule check_base:
     localrule: True
     params:
         config="results/{experiment}/config.json",
-        depends=sections("base", "dataset.image_size"),
+        depends=sections("base", "dataset.image_size", "evaluation.features", "prompts.subjects", "prompts.held_out"),
     shell:
         """
         python scripts/check_base.py \

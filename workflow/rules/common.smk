@@ -60,7 +60,7 @@ GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 TRAINERS = sorted(map(str, Path("ctrl/finetune").glob("[!_]*.py")))
 CODE = {
-    "check_base": ["scripts/check_base.py", *lib("base_files")],
+    "check_base": ["scripts/check_base.py", *lib("base_files features clip")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
