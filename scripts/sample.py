@@ -1,9 +1,7 @@
 """Draw images by one method of config/methods.tsv: a folder of PNGs with a table of prompts, labels, seeds and costs."""
 
 import argparse
-import math
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,18 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
-from ctrl import classifier as classifiers
 from ctrl import errors
 from ctrl.base import Base
-from ctrl.control import Control
-from ctrl.finetune.objective import effective_gamma
-from ctrl.generate import MakeDenoiser, denoised, generate, path_figures, reject
-from ctrl.io import atomic_folder, read_json, read_parquet, write_json, write_parquet
-from ctrl.oracles import to_pil
+from ctrl.generate import denoised, generate, reject
+from ctrl.image_folder import write_images
+from ctrl.io import atomic_folder, read_json, write_json
 from ctrl.pairs import SEED_OFFSETS, stream_of, table_of_subjects
-from ctrl.process import Process
 from ctrl.tracking import run
+from scripts.adapter_figures import figures_of_adapter
 from scripts.cells import load_requests
 from scripts.common import add_config_argument, contents, digest, load_config
 from scripts.guided import method_denoiser, particle_draw
-from scripts.loading import load_base, load_method, load_oracle, log_prob_of_latents, strength_of
+from scripts.loading import load_base, load_method, load_oracle, strength_of
 
 
 def parse() -> argparse.Namespace:
@@ -77,37 +72,6 @@ def table_of_rows(config: dict, args: argparse.Namespace, method: pd.Series, fir
     return table_of_subjects(subjects, templates, args.per_subject, first_seed)
 
 
-def write_images(
-    parts: Sequence[pd.DataFrame], draw: Callable[[int], Iterable[tuple[Tensor, pd.DataFrame]]], folder: Path, bar: tqdm
-) -> pd.DataFrame:
-    """Writes images/*.png and samples.parquet into an existing folder; returns the table.
-
-    `draw(k)` gives the images of `parts[k]` and their rows. A part that is done leaves its table in the folder, and is not drawn again.
-    """
-    done, tables, first = folder / "parts", [], 0
-    for subfolder in (folder / "images", done):
-        subfolder.mkdir(exist_ok=True)
-    for k, part in enumerate(parts):
-        if not (finished := done / f"{k}.parquet").exists():
-            batches, number = [], first
-            for images, table in draw(k):
-                names = [f"images/{number + i:06d}.png" for i in range(len(table))]
-                for image, name in zip(to_pil(images), names, strict=True):
-                    image.save(folder / name)
-                batches.append(table.assign(file_name=names))
-                number += len(table)
-                bar.update(len(table))
-            write_parquet(finished, pd.concat(batches, ignore_index=True))
-        else:
-            bar.update(len(part))
-        tables.append(read_parquet(finished))
-        first += len(part)
-    samples = pd.concat(tables, ignore_index=True)
-    write_parquet(folder / "samples.parquet", samples)
-    shutil.rmtree(done)
-    return samples
-
-
 def identity_of(config: dict, args: argparse.Namespace, method: pd.Series, rows: pd.DataFrame, base: Base) -> str:
     """What the images depend on: a run that was cut off is gone on with where this is the same."""
     given = [path for path in (args.adapter, args.classifier, args.tuning, args.dataset and args.dataset / "report.json") if path]
@@ -115,34 +79,6 @@ def identity_of(config: dict, args: argparse.Namespace, method: pd.Series, rows:
     read = contents([file for file in files if file.suffix in (".json", ".safetensors")])
     settings = {key: config[key] for key in ("seed", "base", "sampler", "particles")} | {"gamma": config["finetune"]["gamma"]}
     return digest(settings, method.to_dict(), args.strength, rows.to_json(), base.fingerprint(), read)
-
-
-def figures_of_adapter(
-    control: Control, process: Process, config: dict, args: argparse.Namespace, psi: MakeDenoiser, samples: pd.DataFrame,
-    num_images: int = 256,
-) -> dict:  # fmt: skip
-    """What training cost, and with a classifier at hand how far the paths of some of the samples are from the optimum.
-
-    The paths are those of `psi`, at whatever strength it acts.
-    """
-    adapter, base, scale = read_json(args.adapter / "adapter.json"), control.base, config["sampler"]["guidance_scale"]
-    figures = {"train_seconds": adapter["train_seconds"], "train_peak_memory_mb": adapter["peak_memory_mb"]}
-    if args.classifier:
-        log_prob = log_prob_of_latents(base, classifiers.load(args.classifier).to(base.device))
-        if "target" in samples:  # a continuous label: not what lies beyond the ranges that it was trained for
-            samples = samples[samples["target"].between(0, config["label"]["num_classes"] - 1)]
-        rows = samples.sample(min(num_images, len(samples)), random_state=0)
-        optimum, settings = adapter["gamma"], adapter["finetune"]
-        if settings["trainer"] != "supervised":
-            dimensions = math.prod(base.latent_shape)
-            optimum = effective_gamma(adapter["gamma"], settings["kl_weight"], settings["kl_reduction"], dimensions)
-        figures |= path_figures(
-            base, process, rows, psi, lambda prompts, y: control.base_denoiser(process, prompts, scale), log_prob, optimum,
-            config["sampler"]["batch_size"], [acts and args.strength != 0 for acts in control.active(process)],
-        )  # fmt: skip
-        if settings["trainer"] == "policy_gradient" or not math.isfinite(optimum):
-            figures["var_log_w"] = None  # it climbs another reward, or has no optimum
-    return figures
 
 
 def main() -> None:

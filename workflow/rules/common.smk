@@ -68,7 +68,7 @@ CODE = {
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data pictures")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
-    "sample": ["scripts/sample.py", "scripts/guided.py", *CORE],
+    "sample": [*lib("sample guided adapter_figures", "scripts"), *CORE, *lib("image_folder finetune/objective")],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
     "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter pipeline pictures")],
     "mixture": ["scripts/mixture.py", *lib("mixture proof distances process sampling"), *GUIDES, *TRAINERS],
