@@ -54,11 +54,11 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
 CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
-GUIDES, CLASSIFIER = lib("classifier mpgd particles reconstruction", "ctrl/guidance"), lib("classifier heads labels networks dct") + ORACLES
+CLASSIFIER = lib("classifier heads labels networks dct") + ORACLES
+GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
-TRAINERS = sorted(map(str, Path("ctrl/finetune").glob("[!_]*.py")))
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files features clip")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
