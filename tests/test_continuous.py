@@ -237,7 +237,7 @@ def test_rejection_takes_what_is_near_enough(base):
     def nothing(prompts, labels, seeds):
         return torch.zeros(len(prompts), *base.latent_shape), {}
 
-    drawn = list(generate.reject(base, rows, nothing, 4, lambda images: next(scores), 7, tolerance=0.05))
+    drawn = list(generate.reject(base, rows, nothing, 4, lambda images: next(scores), range(7, 100), tolerance=0.05))
     table = pd.concat([part for _, part in drawn])
     assert list(zip(table["label"], table["seed"], strict=True)) == [(2.0, 8), (1.0, 9), (2.0, 11)]
 

@@ -7,7 +7,7 @@ import torch
 
 from ctrl.errors import UserError
 from ctrl.labels import Factors
-from scripts import finetune, loading, training
+from scripts import common, finetune, loading, training
 
 SPACE = Factors.of(3)
 
@@ -54,10 +54,10 @@ def test_backprop_learns_from_the_classifier(base, args, tmp_path):
 
 def test_the_content_of_the_data_is_part_of_a_runs_identity(tmp_path):
     (tmp_path / "report.json").write_text("{}")
-    before = finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
-    assert before == finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
+    before = common.digest({"gamma": 1.0}, common.contents([tmp_path / "report.json"]))
+    assert before == common.digest({"gamma": 1.0}, common.contents([tmp_path / "report.json"]))
     (tmp_path / "report.json").write_text("{ }")
-    assert before != finetune.digest({"gamma": 1.0}, training.contents([tmp_path / "report.json"]))
+    assert before != common.digest({"gamma": 1.0}, common.contents([tmp_path / "report.json"]))
 
 
 def test_a_missing_classifier_is_one_line(monkeypatch, tmp_path):

@@ -81,7 +81,9 @@ def test_an_update_follows_from_its_number(task, examples):
 def test_gradients_accumulate_over_micro_batches(task, examples):
     (whole, one), (parts, other) = (gradients(task, examples, 3, size) for size in (4, 3))
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5) and parts["unet_forward"] == 4
-    assert all(torch.allclose(one[k], other[k], rtol=1e-4, atol=1e-5) for k in one if one[k] is not None)
+    for name, gradient in one.items():
+        if gradient is not None:
+            assert (other[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, name
 
 
 def test_where_the_prompt_is_guided_some_images_lose_prompt_and_label(control, examples, monkeypatch):
