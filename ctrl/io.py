@@ -247,7 +247,7 @@ def atomic_folder(path: Path | str, identity: str | None = None) -> Iterator[Pat
             if identity is not None and not goes_on:
                 write_text(mark, identity)
             yield temporary
-            for own in temporary.glob(f"{mark.name}*"):
+            for own in temporary.glob(f".*{mark.name[1:]}*"):
                 own.unlink()
             if path.exists():
                 os.replace(path, replaced)

@@ -113,11 +113,10 @@ def memory_text(name: str, cost: Mapping, free_mb: float | None) -> str | None:
     """One line where a trainer takes more than is free, naming the setting to lower."""
     if free_mb is None or cost["memory_mb"] <= free_mb:
         return None
-    key = "batch_size" if cost["trainer"] == "supervised" else "micro_batch_size"
     level = {False: "true", True: "blocks"}.get(cost["gradient_checkpointing"]) if cost["trainer"] == "backprop" else None
     more = f" or set finetune.gradient_checkpointing: {level}" if level else ""
-    taken = f"{cost['memory_mb']:.0f} MB for {cost[key]} at a time, {free_mb:.0f} MB are free"
-    return f"memory: {name} takes {taken}; lower finetune.{key} ({cost[key]}){more}"
+    taken = f"{cost['memory_mb']:.0f} MB for {(size := cost['micro_batch_size'])} at a time, {free_mb:.0f} MB are free"
+    return f"memory: {name} takes {taken}; lower finetune.micro_batch_size ({size}){more}"
 
 
 def fragment(settings: Sequence[Setting], adapters: Mapping[str, Mapping]) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ctrl import errors
 from ctrl.base import Base
 from ctrl.generate import denoised, generate, reject
-from ctrl.image_folder import write_images
+from ctrl.image_folder import forget_parts, write_images
 from ctrl.io import atomic_folder, read_json, write_json
 from ctrl.pairs import SEED_OFFSETS, stream_of, table_of_subjects
 from ctrl.tracking import run
@@ -73,12 +73,13 @@ def table_of_rows(config: dict, args: argparse.Namespace, method: pd.Series, fir
 
 
 def identity_of(config: dict, args: argparse.Namespace, method: pd.Series, rows: pd.DataFrame, base: Base) -> str:
-    """What the images depend on: a run that was cut off is gone on with where this is the same."""
+    """What the images depend on, the device and the library's code too: a run that was cut off is gone on with where this is the same."""
     given = [path for path in (args.adapter, args.classifier, args.tuning, args.dataset and args.dataset / "report.json") if path]
     files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     read = contents([file for file in files if file.suffix in (".json", ".safetensors")])
     settings = {key: config[key] for key in ("seed", "base", "sampler", "particles")} | {"gamma": config["finetune"]["gamma"]}
-    return digest(settings, method.to_dict(), args.strength, rows.to_json(), base.fingerprint(), read)
+    code = contents(sorted(Path(errors.__file__).parent.rglob("*.py")))
+    return digest(settings, method.to_dict(), args.strength, rows.to_json(), base.fingerprint(), base.device_name, read, code)
 
 
 def main() -> None:
@@ -109,13 +110,14 @@ def main() -> None:
     with run(config, config["experiment"], name, {"method": args.method, "split": args.split}, config["mlflow"]["tracking_uri"]) as tracker:
         bar = tqdm(total=len(rows), desc=f"sampling {args.method}", unit="image")
         with atomic_folder(args.output, identity_of(config, args, method, rows, base)) as folder, bar:
-            samples = write_images(parts, drawn, folder, bar)
-            info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(base.peak_memory_mb(), 1), "device": base.device_name}
+            samples, peak = write_images(parts, drawn, folder, bar, base.peak_memory_mb)
+            info = {"method": args.method, "n": len(samples), "peak_memory_mb": round(peak, 1), "device": base.device_name}
             if "effective_sample_size" in samples:  # of the particles, after each step
                 info["effective_sample_size"] = np.mean(samples["effective_sample_size"].tolist(), axis=0).tolist()
             if control:
                 info |= {"strength": args.strength} | figures_of_adapter(control, process, config, args, make_denoiser, samples)
             write_json(folder / "samples.json", info)
+            forget_parts(folder)
         for step, size in enumerate(info.get("effective_sample_size", [])):
             tracker.log_metrics({"effective_sample_size": size}, step)
         tracker.log_metrics({name: samples[name].mean() for name in ("nfe_forward", "nfe_backward", "seconds")}, 0)

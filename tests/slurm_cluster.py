@@ -1,6 +1,6 @@
 """A SLURM cluster of one node, in a folder of its own and on ports of its own: nothing outside the folder is written, none is met.
 
-Real daemons (Debian's packages slurm-wlm and munge), without accounting database and without GRES. By hand:
+Real daemons (Debian's packages slurm-wlm and munge), without accounting database, with GPUs that are files alone. By hand:
 
     python -m tests.slurm_cluster FOLDER     # until Ctrl-C; prints the variables that make sbatch, squeue and scontrol find it
 """

@@ -52,10 +52,13 @@ def test_a_wrong_cell_is_one_line(tmp_path, cell):
         load_cells(write(tmp_path, cells=[cell]))
 
 
-def test_a_gpu_that_torch_cannot_use_is_one_line_and_no_silent_cpu(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_one_line_and_no_silent_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "DRIVER", tmp_path)
     assert device.device_of({}) == "cpu" and device.device_of({"SLURM_JOB_GPUS": ""}) == "cpu"
     with pytest.raises(UserError, match="this job has GPU 3, but torch .* cannot use it: its driver is too old"):
         device.device_of({"SLURM_JOB_GPUS": "3"})
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "none")
+    assert device.device_of({"SLURM_JOB_GPUS": "3"}) == "cpu", "another maker's, or none at all"
     monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
     assert device.device_of({"SLURM_JOB_GPUS": "3"}) == "cuda"

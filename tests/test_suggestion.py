@@ -63,7 +63,7 @@ def test_too_much_memory_is_a_line_with_the_setting_to_lower():
     assert "lower finetune.micro_batch_size (8) or set finetune.gradient_checkpointing: true" in line
     again = suggestion.memory_text("backprop", cost("backprop", 8, 900.0, gradient_checkpointing=True), 500)
     assert again.endswith("(8) or set finetune.gradient_checkpointing: blocks")
-    assert "lower finetune.batch_size (8)" in suggestion.memory_text("supervised", cost("supervised"), 500)
+    assert "lower finetune.micro_batch_size (8)" in suggestion.memory_text("supervised", cost("supervised"), 500)
 
 
 def test_the_bound_is_the_median_of_those_that_pull():
