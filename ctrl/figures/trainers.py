@@ -40,6 +40,7 @@ def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path
                         axes.plot(sum(first) / len(first), target, "v", color=colours[recipe], markersize=5, gid="reached", zorder=4)
                 axes.axhline(target if name == "accuracy" else 0, color=PALE, linewidth=0.8, linestyle=(0, (3, 2)))
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:,.0f}")  # powers of ten are formulas, which the style does not set
         seeds = max(map(len, curves.values()))
         panels[0, 0].set_title(f"{METRIC_NAMES['accuracy']} on the probe ({seeds} seeds)", loc="left")
         panels[1, 0].set_title(f"{METRIC_NAMES['kid_rejection']} ×1000, of the probe", loc="left")
