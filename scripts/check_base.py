@@ -23,9 +23,9 @@ def main() -> None:
     found = source.described()
     if (drawn := found["image_size"]) != size:
         raise errors.UserError(f"dataset.image_size is {size}, but {source.name} draws {drawn} pixels: give images of that size")
-    drawn = [*config["prompts"]["subjects"], *config["prompts"]["held_out"]]
+    subjects = [*config["prompts"]["subjects"], *config["prompts"]["held_out"]]
     known = features.load(config["evaluation"]["features"]).subjects
-    if known and (strange := [subject for subject in drawn if subject not in known]):
+    if known and (strange := [subject for subject in subjects if subject not in known]):
         raise errors.UserError(
             f"evaluation.features is {config['evaluation']['features']}, which does not know {strange[0]!r} of prompts; set it to clip, "
             "which takes any prompt"

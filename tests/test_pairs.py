@@ -51,7 +51,6 @@ def test_no_two_streams_of_seeds_meet_however_many_prompts_there_are():
     streams = sorted((stream_of(start, k) for start in first for k in range(60)), key=lambda stream: stream.start)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(streams)) and {len(s) for s in streams} == {20_000}
     tables = [range(start, start + 20_000) for start in first]  # what the methods are asked for has the first seeds of its set
-    assert all(stream_of(start, k).start > 3_520_000 or stream_of(start, k).stop <= start + 500_000 for start in first for k in range(60))
     assert [stream_of(start, 0) for start in first] == tables
 
 

@@ -10,7 +10,7 @@ from ctrl.errors import UserError
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop
 from ctrl.finetune.efficient_adjoint import efficient_adjoint, information, levels
-from ctrl.finetune.objective import annealed, summed_kl_weight, term_weights
+from ctrl.finetune.objective import annealed, effective_gamma, summed_kl_weight, term_weights
 from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.speed import autocast, in_slices
@@ -32,7 +32,8 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         return efficient_adjoint_function(task, log_prob, config)
     batch_of, kl_weight, size = batch_function(task, config), kl_weight_of(task, config), config["batch_size"]
     switch, gamma = config["speed"]["autocast"], config["gamma"]
-    amounts_to = gamma / kl_weight if kl_weight else math.inf  # log w is constant at the optimum of this gamma
+    dimensions = math.prod(task.control.base.latent_shape)
+    optimum = effective_gamma(gamma, config["kl_weight"], config["kl_reduction"], dimensions)  # log w is constant at its optimum
     checkpointing = config["gradient_checkpointing"]  # with blocks, whole passes too where one graph spans all steps
     recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
@@ -58,7 +59,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
         mean = {key: terms[key].mean().item() for key in ("log_prob", "kl_nats")}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["log_prob"]
-        variance = batch.variance(amounts_to * terms["log_prob"] - terms["log_ratio"]) if math.isfinite(amounts_to) else {}
+        variance = batch.variance(optimum * terms["log_prob"] - terms["log_ratio"]) if math.isfinite(optimum) else {}
         return {"loss": loss, **mean, "temperature": temperature, **variance}
 
     return counted(task.control, gradient)
