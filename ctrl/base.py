@@ -41,7 +41,16 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.pipe.unet.device
+        return self._parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameter.dtype
+
+    @property
+    def _parameter(self) -> torch.nn.Parameter:
+        """The UNet's first: it tells device and type at once, where diffusers' own properties walk through all modules, at every pass."""
+        return next(self.unet.parameters())
 
     @property
     def device_name(self) -> str:
@@ -87,7 +96,7 @@ class Base:
             self._text |= dict(zip(missing, zip(text, *pooled[:1], strict=True), strict=True))
             if None in missing and self.pipe.config.get("force_zeros_for_empty_prompt"):
                 self._text[None] = tuple(map(torch.zeros_like, self._text[None]))
-        text, *pooled = (torch.stack(part).to(self.unet.dtype) for part in zip(*(self._text[p] for p in prompts), strict=True))
+        text, *pooled = (torch.stack(part).to(self.dtype) for part in zip(*(self._text[p] for p in prompts), strict=True))
         if not pooled:
             return {"encoder_hidden_states": text}
         height, width = (size * self.pipe.vae_scale_factor for size in self.latent_shape[1:])
@@ -97,7 +106,7 @@ class Base:
     def eps(self, x_t: Tensor, t: Tensor, condition: Condition, class_labels: Tensor | None = None) -> Tensor:
         """One UNet pass: the predicted noise with shape (B, C, h, w), from a model that predicts eps or v."""
         self.passes.forward += len(x_t)
-        out = self.unet(x_t.to(self.unet.dtype), t, **condition, class_labels=class_labels, return_dict=False)[0].to(x_t.dtype)
+        out = self.unet(x_t.to(self.dtype), t, **condition, class_labels=class_labels, return_dict=False)[0].to(x_t.dtype)
         if out.requires_grad:
             out.register_hook(self._count_backward)
         if self.pipe.scheduler.config.prediction_type == "v_prediction":

@@ -235,7 +235,7 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
         "base_kind": control.base.source.kind,
         "base_files": control.base.source.how,
         "base_fingerprint": control.base.fingerprint(),
-        "dtype": str(control.base.unet.dtype).removeprefix("torch."),
+        "dtype": str(control.base.dtype).removeprefix("torch."),
         **control.settings,
         "null_label": space.label(space.null) if isinstance(space, Continuous) else control.null,
         "label_names": list(label_names),

@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from tests.repository import copy_repository, environment, snakemake
+from tests.warm_python import environment_of_jobs
 
 ARGUMENTS = ("--cores", "2", "--configfile", "config/smoke.yaml")
 RESULTS = Path("results/smoke")
@@ -83,7 +84,7 @@ def attempt(repository: Path, target: str, wait_seconds: float, victim: str) -> 
     """
     with open(repository / "attempts.txt", "a") as log:
         command = [sys.executable, "-m", "snakemake", target, *ARGUMENTS]
-        process = subprocess.Popen(command, cwd=repository, env=environment(repository), stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=repository, env=environment(repository) | environment_of_jobs(), stdout=log, stderr=log)
         while process.poll() is None and not children(process.pid):
             time.sleep(0.1)
         try:

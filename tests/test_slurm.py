@@ -18,9 +18,11 @@ import pytest
 from ctrl.io import load_metadata
 from tests.repository import few_images, fresh_clone
 from tests.slurm_cluster import missing, running, wait_for
+from tests.warm_python import environment_of_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "there is a cluster")]
-NUM_UPDATES = 20
+FAILURES = "SLURM_FAILURES" in os.environ
+NUM_UPDATES = 20 if FAILURES else 2
 LOST = ["cancelled", "late", "greedy", "requeued", "stranded"]
 SMALL = f"""
 pool: {{images_per_subject: 8}}
@@ -59,6 +61,8 @@ class Clone:
         """`snakemake --profile slurm ARGUMENTS`, in the background; what it says goes to `said`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "SNAKEMAKE", "SLURM", "XDG", "HF_"))}
         environment = kept | {"HOME": str(self.home), "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"} | self.cluster.environment
+        if not FAILURES:  # where SLURM's signals and limits must meet the job's own process
+            environment |= environment_of_jobs()
         command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
         command += ["--configfile", "config/smoke.yaml", "config/small.yaml"]
         with (self.folder / "said").open("w") as said:
@@ -127,7 +131,7 @@ def test_a_log_for_each_job(clone):
 @pytest.fixture(scope="module")
 def lost(clone):
     """Five fine-tunings at once, each lost in a way of its own: (exit code of Snakemake, SLURM's state of each, history of each so far)."""
-    if "SLURM_FAILURES" not in os.environ:
+    if not FAILURES:
         pytest.skip("takes many minutes, and a machine with nothing else to do: SLURM_FAILURES=1 asks for it")
     cluster = clone.cluster
     cluster("scontrol", "update", f"NodeName={cluster.host}", "State=DRAIN", "Reason=wait")

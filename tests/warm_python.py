@@ -1,9 +1,10 @@
-"""A Python whose libraries are loaded already: the workflow's scripts start in forks of it, and not in 8 seconds each.
+"""A Python whose libraries are loaded already: the workflow's scripts start in forks of it, and not in ten seconds each.
 
 What `repository.snakemake` runs uses it. In the shells that find BASH_ENV in their environment, `python SCRIPT ...` is a function: it hands
 its arguments, folder, environment and streams to a server, which forks, and waits for the exit code. A fork loads the code in its own
 PYTHONPATH: the server loads libraries alone. Two things are not as in a Python of one's own: all forks have one seed of hashes, and
-BLAS one thread. test_slurm and test_kills start jobs as users do.
+BLAS one thread. A fork dies with its client, but no other signal reaches it, and no job's accounting sees it: where those count, test_slurm
+starts jobs as users do.
 """
 
 import array
@@ -24,7 +25,26 @@ import time
 import traceback
 from pathlib import Path
 
-LIBRARIES = ["torch", "diffusers", "peft", "transformers", "torch._dynamo", "pandas", "matplotlib.figure", "scipy.stats", "scipy.optimize"]
+LIBRARIES = [
+    "torch",
+    "torch._dynamo",
+    "peft",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.schedulers.scheduling_ddim",
+    "transformers.models.clip.modeling_clip",
+    "pandas",
+    "pyarrow.parquet",
+    "matplotlib.figure",
+    "scipy.stats",
+    "scipy.optimize",
+    "jsonschema",
+    "mlflow.tracking",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "sqlalchemy.dialects.sqlite",
+    "alembic.command",
+]
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")  # of the environment that libraries are loaded in
 THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # they read it when they are loaded; torch is told by scripts
 CLIENT = """
@@ -48,7 +68,9 @@ def environment_of_jobs() -> dict[str, str]:
     client.write_text(CLIENT.format(address=address))
     python = shlex.quote(sys.executable)
     shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
-    environment = {key: os.environ[key] for key in KEPT if key in os.environ} | THREADS
+    from ctrl.mlflow_client import ENVIRONMENT  # what MLflow, too, reads when it is loaded; not above: the server knows no code of ours
+
+    environment = {key: os.environ[key] for key in KEPT if key in os.environ} | THREADS | ENVIRONMENT
     server = subprocess.Popen([sys.executable, __file__, address, str(os.getpid())], cwd=folder, env=environment)
     atexit.register(server.terminate)
     deadline = time.monotonic() + 120
@@ -132,6 +154,7 @@ def serve(address: str, parent: int) -> None:
     """Forks for every client, and tells it how that ended; ends with the process `parent`, and its forks with it or with their client."""
     for library in LIBRARIES:
         __import__(library)
+    sys.modules["sqlalchemy.orm"].configure_mappers()  # a second that each fork would need
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     server, running = socket.socket(socket.AF_UNIX), {}
     server.bind(address + ".new")
