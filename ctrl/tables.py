@@ -124,7 +124,10 @@ def _notes(table: pd.DataFrame) -> list[str]:
     if "diversity" in table:
         notes.append("Diversity is relative to that reference: 1 is right, collapse is near 0.")
     if "accuracy_held_out" in table:
-        notes.append("Accuracy, held out: on the combinations of labels that no training image and no training request had.")
+        notes.append(
+            "Accuracy, held out: on the combinations of labels that no training image had, "
+            "and no training request where `finetune.ask_held_out` is false."
+        )
     if "nfe" in table:
         notes.append("NFE counts the denoiser's passes an image, forward and backward together; the CSV has them apart.")
     return notes

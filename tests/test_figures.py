@@ -233,5 +233,5 @@ def test_figures_of_two_factors(tmp_path):
     labels.factor_accuracies([{"method": "ctrl", "metrics": metrics}], tmp_path / "factors.png")
     assert (tmp_path / "sizes.png").stat().st_size > 1000 and (tmp_path / "factors.png").stat().st_size > 1000
     row = pd.Series({"score_jpeg_size": 1.2, "score_brightness": 0.2})
-    assert pictures._caption(row, 1, report) == ("1.2 · 0.2", style.INK)
-    assert pictures._caption(row, 0, report) == ("1.2 · 0.2", style.WRONG)
+    assert pictures._caption(row, 1, report) == ("1.2\n0.2", style.INK)
+    assert pictures._caption(row, 0, report) == ("1.2\n0.2", style.WRONG)

@@ -110,4 +110,4 @@ def test_accuracies_of_factors_follow_the_accuracy():
     further = {"accuracy_brightness": figure(0.9), "accuracy_held_out": figure(0.5)}
     text = tables.to_markdown(tables.build(METHODS, [evaluation("ctrl", 0.8, **further), evaluation("rejection", 1.0, **further)]))
     assert "| n | accuracy | accuracy, brightness | accuracy, held out |" in text.splitlines()[0]
-    assert "no training image and no training request" in text
+    assert "no training image had, and no training request where `finetune.ask_held_out` is false" in text

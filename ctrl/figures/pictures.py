@@ -50,7 +50,7 @@ def _caption(row: pd.Series, requested: int | None, report: dict) -> tuple[str, 
         near = abs(row["score"] - row["asked"]) <= report["tolerance"]
         return f"{row['score']:.4g} ({row['asked']:.4g})", INK if near else WRONG
     scores = factor_scores(pd.DataFrame([row]), report)
-    text = " · ".join(f"{score[0]:.4g}" for score in scores.values())
+    text = "\n".join(f"{score[0]:.4g}" for score in scores.values())
     return text, INK if requested is None or measured_labels(scores, report)[0] == requested else WRONG
 
 
@@ -61,7 +61,7 @@ def grid_figure(
 
     cells: the (subject, label) pairs that are asked for; report: the dataset's report.json.
     """
-    left, top, step, row_height = 2.3, 1.5, 1.08, 1.46
+    left, top, step, row_height = 2.3, 1.5 + 0.25 * len(report.get("factors", [])), 1.08, 1.46  # a line of the headings for each factor
     group = per_cell * step + 0.5
     num_classes = report["num_classes"]
     with matplotlib.rc_context(STYLE):
@@ -70,7 +70,8 @@ def grid_figure(
         for y, colour in enumerate(label_colours(num_classes)):
             x = left + y * group
             axes.add_patch(Rectangle((x, top - 0.2), per_cell * step - 0.08, 0.07, color=colour))
-            axes.text(x, top - 0.38, f"asked for label {y}:  {label_name(report, y)}", fontsize=8, va="bottom", color=INK)
+            between = "\n" if "factors" in report else "  "
+            axes.text(x, top - 0.38, f"asked for label {y}:{between}{label_name(report, y)}", fontsize=8, va="bottom", color=INK)
         asked = {(s, int(y)) for s, y in cells}
         for row, subject in enumerate(subjects):
             at = top + row * row_height
