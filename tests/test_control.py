@@ -28,6 +28,13 @@ def noise(base, process):
     return noise_of([1, 2, 3], base.latent_shape, process.num_steps)
 
 
+def test_a_base_of_half_precision_stays_one_beside_parameters_of_single_precision(tiny_sd):
+    base = bases.load(tiny_sd, dtype="bfloat16")
+    control = Control(base, 3, 4, ["conv_in", "to_q"], seed=0)
+    assert {p.dtype for p in control.parameters().values()} == {torch.float32}
+    assert base.dtype == base.unet.dtype == torch.bfloat16 and base.device == base.unet.device
+
+
 def scramble(control, size=0.1):
     """Moves every trained weight, and leaves the null label alone, as training does."""
     torch.manual_seed(1)

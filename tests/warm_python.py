@@ -63,13 +63,13 @@ sys.exit(answer[0] if answer else 1)
 @functools.cache
 def environment_of_jobs() -> dict[str, str]:
     """What the environment of Snakemake needs so that its jobs start in forks; starts this process's server, which ends with it."""
+    from ctrl.mlflow_client import ENVIRONMENT  # what MLflow reads when it is loaded; not above: the server knows no code of ours
+
     folder = Path(tempfile.mkdtemp(prefix="warm", dir="/tmp"))  # a socket's address has 108 bytes at most
     address, client, shell = str(folder / "socket"), folder / "client.py", folder / "shell"
     client.write_text(CLIENT.format(address=address))
     python = shlex.quote(sys.executable)
     shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
-    from ctrl.mlflow_client import ENVIRONMENT  # what MLflow, too, reads when it is loaded; not above: the server knows no code of ours
-
     environment = {key: os.environ[key] for key in KEPT if key in os.environ} | THREADS | ENVIRONMENT
     server = subprocess.Popen([sys.executable, __file__, address, str(os.getpid())], cwd=folder, env=environment)
     atexit.register(server.terminate)
