@@ -1,8 +1,8 @@
 """What a training step costs: our default, our preset `published`, and the published code's own step, each in a process of its own.
 
-On a CPU it takes the embedded base, by the config's sampler; on a GPU a UNet, VAE and text encoder of Stable Diffusion 1.5's architecture
-with random weights (time and memory do not depend on the values), 50 steps of 512x512 pixels with guidance, gradient checkpointing and
-images decoded one by one. The classifier is untrained. Every variant has as many trajectories an update and at a time, so that
+On a CPU it takes the embedded base, by the config's sampler; on a GPU config/stable_diffusion/compressibility.yaml and a UNet, VAE and text
+encoder of that model's architecture with random weights (time and memory do not depend on the values): 50 steps of 512x512 pixels with
+guidance. The classifier is untrained. Every variant has as many trajectories an update and at a time, so that
 `speedup_vs_published` (seconds an update, and images a second alike) and `memory_vs_published` (peak of the process, or of the GPU) are of
 like with like; what an update teaches is not compared here. scripts/benchmark_training.py compares the trainers on a finished experiment.
 """
@@ -31,11 +31,17 @@ from ctrl.finetune.speed import wanted
 from ctrl.finetune.task import Task
 from ctrl.labels import Factors
 from ctrl.measure import alone, peak_memory_mb, seconds, timed_rows, timed_updates
-from scripts.common import add_config_argument, load_config
+from scripts.common import DEFAULTS, add_config_argument, load_config, read_yaml
 from scripts.loading import log_prob_of_latents, new_control
 
-VARIANTS = {"default": "ctrl", "published preset": PUBLISHED, PUBLISHED: PUBLISHED}  # the last one is the published code's own step
-GPU = {"sampler": {"num_steps": 50, "guidance_scale": 7.5}, "finetune": {"gradient_checkpointing": True, "speed": {"decode_size": 1}}}
+FULL = {"speed": {"autocast": False, "channels_last": False, "compile": False, "decode_size": None}}  # full precision, plain layout
+VARIANTS = {  # recipe, and what differs from its settings; the last one is the published code's own step
+    "default": ("ctrl", {}),
+    "default, passes computed again": ("ctrl", {"gradient_checkpointing": True}),
+    "published preset": (PUBLISHED, {}),
+    PUBLISHED: (PUBLISHED, FULL),
+}
+GPU = DEFAULTS.parent / "stable_diffusion" / "compressibility.yaml"
 
 
 def stable_diffusion(device: str) -> bases.Base:
@@ -45,11 +51,12 @@ def stable_diffusion(device: str) -> bases.Base:
 
     embedded = bases.load("resources/mini-sd").pipe
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2, latent_channels=4, sample_size=512,
-    )  # fmt: skip
-    networks = {"unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768), "vae": vae, "text_encoder": CLIPTextModel(text)}
+    with torch.device(device):  # which draws a billion weights in no time
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+            up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
+        )  # fmt: skip
+        networks = {"unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768), "vae": vae, "text_encoder": CLIPTextModel(text)}
     for network in networks.values():
         network.requires_grad_(False).eval()
     pipe = StableDiffusionPipeline(
@@ -122,7 +129,6 @@ def parse() -> argparse.Namespace:
         "--batch-size", type=int, default=4 if gpu else 32, help="trajectories an update, all at a time (default: %(default)s)"
     )
     parser.add_argument("--updates", type=int, default=4, help="timed, spread over the training (default: %(default)s)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="of our default too, where it has none")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures instead of the table")
     args = parser.parse_args()
@@ -134,16 +140,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args, rows = parse(), []
     own = {"batch_size": args.batch_size, "micro_batch_size": args.batch_size}
-    config = merge(load_config(args), {} if args.base else GPU)
+    config = merge(load_config(args), {} if args.base else read_yaml(GPU))
     started = time.strftime("%Y-%m-%d")
-    for name, recipe in VARIANTS.items():
-        one = merge(for_adapter(config, recipe), {"finetune": own})
-        if args.gradient_checkpointing:
-            one = merge(one, {"finetune": {"gradient_checkpointing": True}})
-        if name == PUBLISHED:  # in full precision, and in no other layout
-            off = {"autocast": False, "channels_last": False, "compile": False}
-            one = merge(one, {"finetune": {"speed": off}})
-        rows.append(alone(measure, name, one, args))
+    for name, (recipe, differs) in VARIANTS.items():
+        print(f"measuring: {name}", file=sys.stderr, flush=True)
+        rows.append(alone(measure, name, merge(for_adapter(config, recipe), {"finetune": own | differs}), args))
     rows = with_ratios(rows)
     best = rows[0]
     ratios = {key: best[key] for key in ("speedup_vs_published", "memory_vs_published", "training_memory_vs_published")}

@@ -289,3 +289,19 @@ def test_learning_rate_rises_and_falls():
     assert factor[0] == pytest.approx(0.1) and max(factor) < 1 and factor[50] == pytest.approx(0.5) and factor[99] < 1e-3
     assert [learning_rate_factor(u, 100, 2, "none") for u in (0, 1, 99)] == [0.5, 1.0, 1.0]
     assert [learning_rate_factor(u, 100, 1, "quadratic") for u in (0, 50, 90)] == pytest.approx([1.0, 0.25, 0.01])
+
+
+def test_passes_are_computed_again_only_where_later_steps_keep_the_graph(noise):
+    """With K = 2 of 3 steps the first one's graph is gone before the second begins; the gradient is the same. Without a term there, none
+    is made of it."""
+    plain, psi, again, grads = Toy(), Toy(), [], []
+
+    def recompute(denoiser):
+        return lambda x, i: again.append((i, denoiser)) or denoiser(x, i)
+
+    cuts = {"num_grad_steps": torch.full((5,), 2)}
+    backprop(PROCESS, plain, PRE, log_prob, noise, 2.0, **cuts)
+    backprop(PROCESS, psi, PRE, log_prob, noise, 2.0, recompute=recompute, **cuts)
+    assert torch.equal(psi.weight.grad, plain.weight.grad) and again == [(i, d) for i in (1, 2) for d in (psi, PRE)]
+    backprop(PROCESS, lambda x, i: grads.append(torch.is_grad_enabled()) or psi(x, i), PRE, log_prob, noise, 2.0, weights=[0, 1, 1], **cuts)
+    assert grads == [False, True, True]

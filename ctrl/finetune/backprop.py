@@ -33,6 +33,7 @@ def backprop(
     max_adjoint_norm: float | None = None,
     weights: Sequence[float] | None = None,
     held: Denoiser | None = None,
+    recompute: Callable[[Denoiser], Denoiser] | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
@@ -40,14 +41,18 @@ def backprop(
     for every trajectory, None for all N. `active` says at which steps psi differs from pre at all: elsewhere only pre is run.
     `max_adjoint_norm` bounds the norm of every trajectory's adjoint g_t = ∂loss/∂x_t, at every step: see `clip_adjoint`.
     `weights` multiply each step's KL (see `objective.term_weights`); where one is 0, pre is not run. `held` is psi with its parameters held
-    (see `objective.hold`): it takes the noise of the trajectories out of the gradient, for one more pass a step.
+    (see `objective.hold`): it takes the noise of the trajectories out of the gradient, for one more pass a step. `recompute` makes of a
+    denoiser one that keeps no activations; it is for the steps that are followed: the graph of another is gone before the next pass.
     Returns log_prob, kl_nats, log_ratio (log psi/pre of the path; NaN where steps were left out) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
     first = torch.zeros(noise.shape[1], dtype=torch.long) if num_grad_steps is None else num_steps - num_grad_steps
     loss, kl, log_ratio = 0.0, x.new_zeros(len(x)), x.new_zeros(len(x))
+    whole = psi, pre, held
     for i in range(num_steps):
         follow = i > first  # on the CPU: to ask a GPU would stop it
+        freed = bool((i < first).all())  # nothing later depends on this step's graph
+        psi, pre, held = whole if freed or recompute is None else (d and recompute(d) for d in whole)
         if not follow.any():
             x = x.detach()
         elif not follow.all():
@@ -55,7 +60,9 @@ def backprop(
         if active is not None and not active[i]:
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
-        eps, weight = psi(x, i), 1.0 if weights is None else weights[i]
+        weight = 1.0 if weights is None else weights[i]
+        with torch.set_grad_enabled(not freed or (kl_weight > 0 and weight != 0)):
+            eps = psi(x, i)
         if weight == 0:
             log_ratio = log_ratio + torch.nan
             x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
@@ -67,7 +74,7 @@ def backprop(
         if held is not None and kl_weight and x.requires_grad:
             kl_i = kl_i + weight * process.martingale(i, held(x, i), eps_pre, noise[i + 1])
         log_ratio = log_ratio + process.log_ratio(i, eps.detach(), eps_pre.detach(), noise[i + 1])
-        if (i < first).all():  # nothing later depends on this step's graph: free it now
+        if freed:
             if kl_weight > 0:
                 (share * kl_weight * kl_i.sum()).backward()
             eps = eps.detach()

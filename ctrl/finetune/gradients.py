@@ -15,7 +15,7 @@ from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.speed import autocast, in_slices
 from ctrl.finetune.supervised import supervised
-from ctrl.finetune.task import Examples, LogProb, Task, batch_function
+from ctrl.finetune.task import Examples, LogProb, Task, batch_function, recomputed
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
 LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
@@ -34,8 +34,8 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     switch, gamma = config["speed"]["autocast"], config["gamma"]
     dimensions = math.prod(task.control.base.latent_shape)
     optimum = effective_gamma(gamma, config["kl_weight"], config["kl_reduction"], dimensions)  # log w is constant at its optimum
-    checkpointing = config["gradient_checkpointing"]  # with blocks, whole passes too where one graph spans all steps
-    recompute = checkpointing is True or (checkpointing == "blocks" and config["trainer"] == "backprop")
+    # With blocks, whole passes too. No graph of adjoint matching spans two steps: to compute a pass again would save nothing there.
+    again = {"recompute": recomputed} if config["gradient_checkpointing"] and config["trainer"] == "backprop" else {}
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 
     def gradient(update: int) -> dict[str, float]:
@@ -48,12 +48,12 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, held, y, noise = batch.part(task, rows, switch, recompute)
+            psi, pre, held, y, noise = batch.part(task, rows, switch)
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
                     active=active, max_adjoint_norm=max_adjoint_norm, weights=weights, held=held if config["control_variate"] else None,
-                    **{key: k[rows] for key, k in cut.items()},
+                    **{key: k[rows] for key, k in cut.items()}, **again,
                 )
             )  # fmt: skip
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
@@ -132,7 +132,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
             collect(update)
         batch, clipped = held["batch"], []
         for rows, path in zip(rows_of(size).split(config["micro_batch_size"]), held["paths"], strict=True):
-            psi = batch.part(task, rows, switch, config["gradient_checkpointing"] is True)[0]
+            psi = batch.part(task, rows, switch)[0]
             found = policy_gradient(
                 batch.process, psi, path, held["advantage"][:, rows], settings["clip"], kl_weight, 1 / size,
                 task.control.active(batch.process),
@@ -167,7 +167,8 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
         active = control.active(batch.process)
         drawn = levels(active, num_levels, (size, *control.base.latent_shape), batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, _, y, noise = batch.part(task, rows, switch, recompute)
+            psi, pre, _, y, noise = batch.part(task, rows, switch)
+            pre = recomputed(pre) if recompute else pre  # the one graph here that spans several steps: those without control
             parts.append(
                 efficient_adjoint(
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,

@@ -52,16 +52,14 @@ class Batch:
     seeds: Tensor
     generator: torch.Generator
 
-    def part(
-        self, task: Task, rows: Tensor, switch: bool | str, recompute: bool = False
-    ) -> tuple[Denoiser, Denoiser, Denoiser, Tensor, Tensor]:
+    def part(self, task: Task, rows: Tensor, switch: bool | str) -> tuple[Denoiser, Denoiser, Denoiser, Tensor, Tensor]:
         """psi, pre, psi with its parameters held, labels and noise of the trajectories `rows`; `switch` is that of autocast."""
         control, prompts, y = task.control, [self.prompts[k] for k in rows], self.labels[rows].to(task.control.base.device)
         psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
         denoisers = [autocast(d, switch, control.base.device) for d in (psi, pre, hold(psi, control.parameters().values()))]
-        return (*(map(recomputed, denoisers) if recompute else denoisers), y, noise)
+        return (*denoisers, y, noise)
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
         """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""
