@@ -34,12 +34,12 @@ from ctrl.measure import alone, peak_memory_mb, seconds, timed_rows, timed_updat
 from scripts.common import DEFAULTS, add_config_argument, load_config, read_yaml
 from scripts.loading import log_prob_of_latents, new_control
 
-FULL = {"speed": {"autocast": False, "channels_last": False, "compile": False, "decode_size": None}}  # full precision, plain layout
+PLAIN = {"speed": {"autocast": False, "channels_last": False, "compile": False, "decode_size": None}}
 VARIANTS = {  # recipe, and what differs from its settings; the last one is the published code's own step
     "default": ("ctrl", {}),
     "default, passes computed again": ("ctrl", {"gradient_checkpointing": True}),
     "published preset": (PUBLISHED, {}),
-    PUBLISHED: (PUBLISHED, FULL),
+    PUBLISHED: (PUBLISHED, PLAIN),
 }
 GPU = DEFAULTS.parent / "stable_diffusion" / "compressibility.yaml"
 

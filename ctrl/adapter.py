@@ -14,6 +14,7 @@ import torch
 
 from ctrl import pipeline
 from ctrl.control import Control
+from ctrl.device import full_precision
 from ctrl.errors import UserError
 from ctrl.io import write_json, write_text
 from ctrl.labels import Continuous
@@ -155,8 +156,7 @@ def check_in_plain_diffusers(
     written = [control.space.label(y) for y in labels]
     noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
     psi = control.denoiser(process, prompts, torch.tensor(labels), described["sampler"]["guidance_scale"])
-    # Plain diffusers draws on the CPU: a GPU's convolutions come as near to that as it takes in full precision only.
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.no_grad(), full_precision():  # plain diffusers draws on the CPU, to which a GPU comes as near as it takes no other way
         here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
     output = folder / "plain_diffusers.npy"
     arguments = json.dumps([str(folder), described["dtype"], prompts, written, str(output)])

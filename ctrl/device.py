@@ -1,6 +1,7 @@
-"""Where to compute."""
+"""Where to compute, and how finely."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,3 +26,20 @@ def device_of(environment: Mapping[str, str]) -> str:
             "(cluster.gpu.gpus, cluster.finetune.gpus: 0)"
         )
     return "cpu"
+
+
+def set_tf32(products: bool, convolutions: bool | None = None) -> None:
+    """Whether a GPU computes float32 with 10 bits of mantissa; `convolutions` None: as `products`. Torch begins with convolutions alone."""
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch.backends.cudnn.allow_tf32 = products if convolutions is None else convolutions
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, a GPU computes float32 as it is."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        set_tf32(*before)

@@ -38,7 +38,7 @@ def main():
             batch_size=5, micro_batch_size=2, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=None, num_terms=2,
             trainer="backprop" if name == "endless" else name, policy_gradient=dict(reuse=2, clip=0.2), gradient_checkpointing=False,
             efficient_adjoint=dict(num_levels=2),
-            speed=dict(autocast=False, channels_last=False, compile=False, fused_adamw=False, decode_size=None),
+            speed=dict(autocast=False, tf32=False, channels_last=False, compile=False, fused_adamw=False, decode_size=None),
             betas=[0.9, 0.99], num_updates=100_000 if name == "endless" else 4, coarse=dict(stride=2, end=0.5), max_adjoint_norm=1.0,
             temperature=dict(start=0.8, hold=0.2, end=0.6), warmup_updates=0, decay="none", weight_decay=0.1, learning_rate=1e-3,
             embedding_learning_rate=1e-2, max_grad_norm=1.0, checkpoint_every=100_000, probe=dict(every=2),

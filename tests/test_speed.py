@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from ctrl.control import Control
+from ctrl.device import full_precision, set_tf32
 from ctrl.errors import UserError
 from ctrl.finetune.gradients import gradient_function
 from ctrl.finetune.recipe import optimizer_of
@@ -15,7 +16,7 @@ from scripts.common import DEFAULTS, SCHEMA, read_yaml
 from tests.conftest import SUBJECTS, TEMPLATES
 
 CONFIG = read_yaml(DEFAULTS)["finetune"] | {"batch_size": 4, "micro_batch_size": 2, "coarse": {"stride": 1, "end": 0}, "gamma": 1.0}
-OFF = {"autocast": False, "channels_last": False, "compile": False, "fused_adamw": False, "decode_size": None}
+OFF = {"autocast": False, "tf32": False, "channels_last": False, "compile": False, "fused_adamw": False, "decode_size": None}
 
 
 def updates(control, number: int = 1, settings: dict | None = None, **speed) -> dict[str, torch.Tensor]:
@@ -68,6 +69,23 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(fresh):
 def test_autocast_reaches_every_trainer(fresh, trainer):
     settings = {"trainer": trainer}
     assert 0 < distance(updates(fresh(), settings=settings, autocast=True), updates(fresh(), settings=settings)) < 0.2
+
+
+def test_tf32_is_of_products_and_convolutions_and_off_for_the_check_of_an_adapter(fresh):
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    try:
+        for on in (True, False):
+            prepare(fresh(), CONFIG | {"speed": OFF | {"tf32": on}})
+            assert flags() == (on, on)
+        set_tf32(False, True)
+        with full_precision():
+            assert flags() == (False, False)
+        assert flags() == (False, True)
+    finally:
+        set_tf32(*before)
 
 
 def test_channels_last_is_a_layout_of_frozen_weights_alone(fresh):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrl.control import Control
+from ctrl.device import set_tf32
 
 GRAPHS = 32  # of one network: with and without LoRA, with and without gradients, a smaller last part of a batch
 
@@ -19,11 +20,13 @@ def wanted(switch: bool | str, device: torch.device) -> bool:
 
 
 def prepare(control: Control, settings: dict) -> None:
-    """By the finetune section: the frozen weights' layout in memory, compilation, and checkpointing by blocks, of `control`'s networks.
+    """By the finetune section: the precision of this process's float32 on a GPU, and the frozen weights' layout in memory, compilation and
+    checkpointing by blocks of `control`'s networks.
 
     What is trained keeps its layout: that of its gradients, and of the optimizer's state from a checkpoint.
     """
     base, speed = control.base, settings["speed"]
+    set_tf32(wanted(speed["tf32"], base.device))
     if settings["gradient_checkpointing"] == "blocks":
         control.recompute_blocks()
         base.pipe.vae.enable_gradient_checkpointing()
