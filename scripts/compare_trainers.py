@@ -30,9 +30,9 @@ def main() -> None:
         trainers.Run(folder.name, read_rows(folder / "history.jsonl"), read_json(folder / "adapter.json"), evaluations[folder.name])
         for folder in args.adapters
     ]
-    target = config["trainers"]["target"]
-    table = trainers.build(runs, target)
-    curves = {recipe: [one.curve() for one in its] for recipe, its in trainers.by_recipe(runs).items()}
+    target, max_kid = (config["trainers"][key] for key in ("target", "max_kid"))
+    table = trainers.build(runs, target, max_kid)
+    curves = {recipe: [one.curve(target, max_kid) for one in its] for recipe, its in trainers.by_recipe(runs).items()}
     with run(config, config["experiment"], "compare trainers", {}, config["mlflow"]["tracking_uri"]) as log:
         figures.comparison(curves, target, args.output)
         write_text(args.output_csv, to_csv(table))

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ctrl import pretrain
+from tests import warm_python
 
 ROOT = Path(__file__).parent.parent
 FEW = {"num_steps": 4, "batch_size": 4, "checkpoint_every": 2}
@@ -65,7 +65,7 @@ def test_script_makes_a_loadable_folder_and_resumes(tmp_path):
     def start(name):
         words = ["--config", tmp_path / "config.yaml", "--images", ROOT / "resources/fashion-mnist", "--split", "t10k"]
         words += ["--output", tmp_path / name, "--checkpoints", tmp_path / f"{name}-checkpoints"]
-        words = [sys.executable, "-m", "scripts.pretrain", *words]
+        words = warm_python.command("scripts/pretrain.py", *map(str, words))
         return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
 
     assert start("whole").wait() == 0

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,13 @@ from ctrl import errors
 from ctrl.errors import Stopped, UserError
 from ctrl.finetune import loop
 from ctrl.io import load_tensors
+from tests import warm_python
 
 ROOT = Path(__file__).parent.parent
 NUM_UPDATES = 9
 RUN = f"""
-import sys, torch
+import os, sys, torch
+print(os.getpid(), flush=True)
 from pathlib import Path
 torch.set_num_threads(1)
 from ctrl import base as bases
@@ -50,12 +51,17 @@ loop.run(control.parameters(), [optimizer], told, lambda u: dict(probe=float(u))
 
 
 def start(tiny_sd, folder, settings="a", trainer="backprop"):
+    """The run in a process of its own, and that process's number, which is not that of its parent here."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.py").write_text(RUN)
+    command = warm_python.command(folder / "run.py", str(tiny_sd), str(folder), settings, trainer)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", RUN, str(tiny_sd), str(folder), settings, trainer]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return process, int(process.stdout.readline())
 
 
-def finish(process):
+def finish(started):
+    process, _ = started
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return [int(line) for line in out.split()]
@@ -65,10 +71,10 @@ def finish(process):
 @pytest.mark.parametrize("trainer", ["backprop", "efficient_adjoint", "policy_gradient"])
 def test_killed_and_resumed_equals_uninterrupted(tiny_sd, tmp_path, trainer):
     assert finish(start(tiny_sd, tmp_path / "whole", trainer=trainer)) == list(range(1, NUM_UPDATES + 1))
-    killed = start(tiny_sd, tmp_path / "killed", trainer=trainer)
+    killed, number = start(tiny_sd, tmp_path / "killed", trainer=trainer)
     for line in killed.stdout:
         if int(line) == 5:
-            killed.send_signal(signal.SIGKILL)
+            os.kill(number, signal.SIGKILL)
             break
     killed.communicate()
     assert finish(start(tiny_sd, tmp_path / "killed", trainer=trainer))[0] in (5, 7), "resumes after the last checkpoint, every 2 updates"

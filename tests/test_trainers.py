@@ -47,11 +47,11 @@ RUNS = [
 
 
 def test_a_curve_counts_every_update_up_to_each_probe():
-    curve = RUNS[0].curve()
+    curve = RUNS[0].curve(0.95)
     assert curve["update"].tolist() == [2, 4, 6] and curve["seconds"].tolist() == [4, 8, 12] and curve["passes"].tolist() == [80, 160, 240]
     assert curve["accuracy"].tolist() == [0.5, 0.96, 0.90] and curve["kid_rejection"].tolist() == pytest.approx([0.01, 0.03, 0.05])
     with pytest.raises(errors.UserError, match="history of ctrl has no probe"):
-        Run("ctrl", [{"update": 1, **UPDATE}], {}, {}).curve()
+        Run("ctrl", [{"update": 1, **UPDATE}], {}, {}).curve(0.95)
 
 
 def test_the_table_has_means_and_ranges_over_seeds_and_when_the_target_was_first_met():
@@ -68,6 +68,13 @@ def test_the_table_has_means_and_ranges_over_seeds_and_when_the_target_was_first
         build([RUNS[0], run("ctrl_seed1", [0.5], device="a GPU")])
 
 
+def test_accurate_but_far_from_the_exact_images_is_not_there():
+    near, far = (build([RUNS[0]], 0.95, max_kid).iloc[0] for max_kid in (0.03, 0.02))
+    assert near["seconds_to_target"] == 8 and pd.isna(far["seconds_to_target"])
+    assert "0.95 accuracy at a KID of 30 (×1000) or less on the probe" in sentences(build([RUNS[0]], 0.95, 0.03))[0]
+    assert RUNS[0].curve(0.9, 0.04)["there"].tolist() == [False, True, False]
+
+
 def test_the_soonest_must_be_diverse_and_is_held_against_the_published_recipe():
     text = " ".join(sentences(build(RUNS)))
     assert "is `ctrl`: after 10 [8, 12] s" in text
@@ -75,7 +82,7 @@ def test_the_soonest_must_be_diverse_and_is_held_against_the_published_recipe():
     collapsed = [run("ctrl", [0.96], diversity=0.5), run("published", [0.97], diversity=0.4)]
     assert sentences(build(collapsed))[0].startswith("No recipe reached 0.95")
     never = build([RUNS[0], run("published", [0.5, 0.6])])
-    assert "`published` reached 0.95 in 0 of 1 seeds, in 8 s of training: 1.0 times as long." in " ".join(sentences(never))
+    assert "`published` reached that in 0 of 1 seeds, in 8 s of training: 1.0 times as long." in " ".join(sentences(never))
     assert "s to 0.55 (probe)" in to_markdown(build(RUNS, 0.55)) and "to reach 0.55 accuracy" in to_markdown(build(RUNS, 0.55))
     lines = to_markdown(build(RUNS)).splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1 and "– (1 of 2 seeds)" in lines[4]
@@ -85,7 +92,7 @@ def test_the_soonest_must_be_diverse_and_is_held_against_the_published_recipe():
 def test_the_figure_has_a_thin_line_a_seed_a_thick_mean_and_a_mark_where_all_seeds_are_there(tmp_path, monkeypatch):
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    figures.comparison({recipe: [one.curve() for one in its] for recipe, its in by_recipe(RUNS).items()}, 0.95, tmp_path / "a.png")
+    figures.comparison({recipe: [one.curve(0.95) for one in its] for recipe, its in by_recipe(RUNS).items()}, 0.95, tmp_path / "a.png")
     panels = drawn[0].axes
     assert len(panels) == 4 and panels[0].xaxis.get_major_formatter()(1000) == "1,000", "no formula, which would be shown as it is written"
     thick = {line.get_label(): line for line in panels[0].lines if line.get_linewidth() > 1 and not line.get_label().startswith("_")}
@@ -99,7 +106,7 @@ def test_the_figure_has_a_thin_line_a_seed_a_thick_mean_and_a_mark_where_all_see
 
 
 def test_a_mean_is_of_the_updates_that_every_seed_has():
-    curves = [RUNS[0].curve(), RUNS[1].curve()[:2]]
+    curves = [RUNS[0].curve(0.95), RUNS[1].curve(0.95)[:2]]
     assert figures.mean_curve(curves)["update"].tolist() == [2, 4]
 
 

@@ -61,15 +61,13 @@ sys.exit(answer[0] if answer else 1)
 
 
 @functools.cache
-def environment_of_jobs() -> dict[str, str]:
-    """What the environment of Snakemake needs so that its jobs start in forks; starts this process's server, which ends with it."""
+def client_of_server() -> Path:
+    """The script whose arguments, a script and its own, run in a fork; starts this process's server, which ends with it."""
     from ctrl.mlflow_client import ENVIRONMENT  # what MLflow reads when it is loaded; not above: the server knows no code of ours
 
     folder = Path(tempfile.mkdtemp(prefix="warm", dir="/tmp"))  # a socket's address has 108 bytes at most
-    address, client, shell = str(folder / "socket"), folder / "client.py", folder / "shell"
+    address, client = str(folder / "socket"), folder / "client.py"
     client.write_text(CLIENT.format(address=address))
-    python = shlex.quote(sys.executable)
-    shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
     environment = {key: os.environ[key] for key in KEPT if key in os.environ} | THREADS | ENVIRONMENT
     server = subprocess.Popen([sys.executable, __file__, address, str(os.getpid())], cwd=folder, env=environment)
     atexit.register(server.terminate)
@@ -77,7 +75,21 @@ def environment_of_jobs() -> dict[str, str]:
     while not Path(address).exists():
         assert server.poll() is None and time.monotonic() < deadline, "the server of warm processes did not start"
         time.sleep(0.05)
+    return client
+
+
+@functools.cache
+def environment_of_jobs() -> dict[str, str]:
+    """What the environment of Snakemake needs so that its jobs start in forks."""
+    client, python = client_of_server(), shlex.quote(sys.executable)
+    shell = client.with_name("shell")
+    shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
     return {"BASH_ENV": str(shell)}
+
+
+def command(script: Path | str, *arguments: str) -> list[str]:
+    """For subprocess: `python SCRIPT ARGUMENTS` in a fork."""
+    return [sys.executable, "-SEs", str(client_of_server()), str(script), *arguments]
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> int:

@@ -21,8 +21,8 @@ def mean_curve(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path: Path) -> None:
     """Accuracy and KID of the probe against seconds and UNet passes: a colour a recipe, a thin line a seed, a thick one their mean.
 
-    curves: recipe -> for each seed a table with the columns update, seconds, passes, accuracy, kid_rejection. The dashed line is the
-    `target` accuracy; a triangle on it where every seed of a recipe has reached it, on average.
+    curves: recipe -> for each seed a table with the columns update, seconds, passes, accuracy, kid_rejection, there. The dashed line is
+    the `target` accuracy; a triangle on it where every seed of a recipe is there, on average.
     """
     colours = method_colours(list(curves))
     with matplotlib.rc_context(STYLE):
@@ -35,7 +35,7 @@ def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path
                         axes.plot(curve[cost], factor * curve[name], color=colours[recipe], linewidth=0.6, alpha=0.5)
                     mean = mean_curve(its)
                     axes.plot(mean[cost], factor * mean[name], color=colours[recipe], linewidth=1.8, label=method_name(recipe))
-                    first = [curve[curve["accuracy"] >= target][cost].min() for curve in its]
+                    first = [curve[curve["there"]][cost].min() for curve in its]
                     if name == "accuracy" and not pd.isna(first).any():
                         axes.plot(sum(first) / len(first), target, "v", color=colours[recipe], markersize=5, gid="reached", zorder=4)
                 axes.axhline(target if name == "accuracy" else 0, color=PALE, linewidth=0.8, linestyle=(0, (3, 2)))

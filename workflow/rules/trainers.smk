@@ -23,7 +23,7 @@ rule compare_trainers:
         mem_mb=2000,
         runtime=5,
     params:
-        depends=sections("trainers.target"),
+        depends=sections("trainers.target", "trainers.max_kid"),
         config="results/{experiment}/config.json",
         adapters=expand("results/{{experiment}}/adapters/{adapter}", adapter=compared_of(config)),
     shell:
