@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ctrl.figures.style import METRIC_NAMES, PALE, STYLE, method_colours, method_name, save
 
@@ -16,6 +17,11 @@ def mean_curve(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The mean over seeds of each column, at the updates that every seed has."""
     together = pd.concat(curves).groupby("update")
     return together.mean()[together.size() == len(curves)].reset_index()
+
+
+def written(number: float, position: int = 0) -> str:
+    """2,000, and millions as 2M."""
+    return f"{number / 1e6:g}M" if number >= 1e6 else f"{number:,.0f}"
 
 
 def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path: Path) -> None:
@@ -40,7 +46,9 @@ def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path
                         axes.plot(sum(first) / len(first), target, "v", color=colours[recipe], markersize=5, gid="reached", zorder=4)
                 axes.axhline(target if name == "accuracy" else 0, color=PALE, linewidth=0.8, linestyle=(0, (3, 2)))
                 axes.set_xscale("log")
-                axes.xaxis.set_major_formatter("{x:,.0f}")  # powers of ten are formulas, which the style does not set
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.xaxis.set_major_formatter(written)  # powers of ten are formulas, which the style does not set
         seeds = max(map(len, curves.values()))
         panels[0, 0].set_title(f"{METRIC_NAMES['accuracy']} on the probe ({seeds} seeds)", loc="left")
         panels[1, 0].set_title(f"{METRIC_NAMES['kid_rejection']} ×1000, of the probe", loc="left")
@@ -48,6 +56,7 @@ def comparison(curves: Mapping[str, Sequence[pd.DataFrame]], target: float, path
         panels[0, 0].annotate(f"{target:g}", (0, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=6.5, color=PALE)
         if panels[1, 0].get_ylim()[1] > 100:  # a policy without a KL leaves no room for the others
             panels[1, 0].set_yscale("symlog", linthresh=10)
+            panels[1, 0].yaxis.set_major_formatter("{x:g}")
         for axes, label in zip(panels[1], COSTS.values(), strict=True):
             axes.set_xlabel(label)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
