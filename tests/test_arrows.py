@@ -60,7 +60,7 @@ def test_guidance_knows_the_process_alone():
 
 
 def test_training_knows_no_images():
-    allowed = {"process", "sampling", "control", "pairs", "io", "errors"}
+    allowed = {"process", "sampling", "control", "device", "pairs", "io", "errors"}
     for path in (ROOT / "ctrl" / "finetune").glob("*.py"):
         assert {name for name in siblings(path) if not name.startswith("finetune")} <= allowed, path
 
