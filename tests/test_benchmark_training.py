@@ -112,7 +112,7 @@ def test_the_picture_is_drawn_of_what_was_measured(tmp_path, real, trained):
     small = {"batch_size": 4, "micro_batch_size": 4}
     io.write_json(tmp_path / "config.json", {"finetune": small, "adapters": {"published": small}})
     given = [text for name in ("classifier", "cells.json", "dataset") for text in (f"--{name.split('.')[0]}", tmp_path / name)]
-    wanted = ["--adapters", "ctrl_adjoint", "--num-steps", "3", "6", "--updates", "1"]
+    wanted = ["--adapters", "ctrl_adjoint", "--num-steps", "3", "6", "--updates", "1", "--num-threads", "1"]
     files = ["--figure", tmp_path / "f.png", "--json", tmp_path / "f.json"]
     command = [sys.executable, "-m", "scripts.benchmark_training", "--config", tmp_path / "config.json", *given, *wanted, *files]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
