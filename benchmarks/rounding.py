@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 from ctrl import base as bases
 from ctrl import control as controls
 from ctrl import errors
-from ctrl.adapter_files import check_adapter
 from ctrl.io import read_json
 from ctrl.sampling import noise_of
 
-MANTISSA = {"float32": None, "TF32": 10, "bfloat16": 7}  # bits
+MANTISSA = {"TF32": 10, "bfloat16": 7}  # bits
 
 
 def rounded(tensor: Tensor, bits: int) -> Tensor:
@@ -36,10 +35,10 @@ def rounded(tensor: Tensor, bits: int) -> Tensor:
 
 
 @contextmanager
-def computed_with(unet: nn.Module, bits: int | None, outputs: bool) -> Iterator[None]:
-    """Inside, the UNet's convolutions and products have so many bits of mantissa; None: all."""
+def computed_with(unet: nn.Module, bits: int, outputs: bool) -> Iterator[None]:
+    """Inside, what goes into the UNet's convolutions and products has so many bits of mantissa, and with `outputs` what comes out."""
     hooks, weights = [], {}
-    for module in unet.modules() if bits else ():
+    for module in unet.modules():
         if type(module) in (nn.Linear, nn.Conv2d):
             weights[module] = module.weight.data
             module.weight.data = rounded(module.weight.data, bits)
@@ -57,20 +56,22 @@ def computed_with(unet: nn.Module, bits: int | None, outputs: bool) -> Iterator[
 
 @torch.no_grad()
 def measure(base: bases.Base, control: controls.Control, prompts: list[str], guidance_scale: float, num_steps: int) -> list[dict]:
-    """A row for each precision."""
+    """A row for each precision: KLs in nats, the mean over a trajectory of each of the prompts, which take the labels in turn."""
     process, labels = base.process(num_steps), torch.arange(len(prompts)) % control.null
     psi, pre = control.denoiser(process, prompts, labels, guidance_scale), control.base_denoiser(process, prompts, guidance_scale)
     noise, path, active = noise_of(range(len(prompts)), base.latent_shape, num_steps), [], control.active(process)
-    x = noise[0]
+    x, common = noise[0], {"guidance_scale": guidance_scale, "num_steps": num_steps, "n": len(prompts)}
+    common |= {"num_dimensions": x[0].numel(), "kl_nats": 0.0, "kl_of_rounding": 0.0}
+    rows = [{"precision": "float32", **common}]
     for i in range(num_steps):
-        eps, eps_pre = (psi if active[i] else pre)(x, i), pre(x, i)
+        eps = eps_pre = pre(x, i)
         if active[i]:
+            eps = psi(x, i)
             path.append((i, x, eps - eps_pre))
+            rows[0]["kl_nats"] += process.kl(i, eps, eps_pre).mean().item()
         x = process.step(i, x, eps, noise[i + 1])
-    rows = []
     for name, bits in MANTISSA.items():
-        row = {"precision": name, "guidance_scale": guidance_scale, "num_steps": num_steps, "n": len(prompts)}
-        row |= {"num_dimensions": x[0].numel(), "kl_nats": 0.0, "kl_of_rounding": 0.0}
+        row = {"precision": name, **common}
         with computed_with(base.unet, bits, name == "bfloat16"):
             for i, x_t, shift in path:
                 eps, eps_pre = psi(x_t, i), pre(x_t, i)
@@ -91,7 +92,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     base = bases.load(read_json(args.adapter / "adapter.json")["base"])
-    check_adapter(base, args.adapter)
     control = controls.load(base, args.adapter)
     if not isinstance(control.null, int):
         raise errors.UserError(f"--adapter {args.adapter}: its labels are not the classes of one factor")

@@ -34,7 +34,7 @@ from ctrl.measure import alone, peak_memory_mb, seconds, timed_rows, timed_updat
 from scripts.common import DEFAULTS, add_config_argument, load_config, read_yaml
 from scripts.loading import log_prob_of_latents, new_control
 
-PLAIN = {"speed": {"autocast": False, "channels_last": False, "compile": False, "decode_size": None}}
+PLAIN = {"speed": {"channels_last": False, "compile": False}}  # the rest of speed is our trainers' alone
 VARIANTS = {  # recipe, and what differs from its settings; the last one is the published code's own step
     "default": ("ctrl", {}),
     "default, passes computed again": ("ctrl", {"gradient_checkpointing": True}),
@@ -51,7 +51,7 @@ def stable_diffusion(device: str) -> bases.Base:
 
     embedded = bases.load("resources/mini-sd").pipe
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    with torch.device(device):  # which draws a billion weights in no time
+    with torch.device(device):  # random weights are drawn where they stay
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
             up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,

@@ -53,10 +53,7 @@ def backprop(
         follow = i > first  # on the CPU: to ask a GPU would stop it
         freed = bool((i < first).all())  # nothing later depends on this step's graph
         psi, pre, held = whole if freed or recompute is None else (d and recompute(d) for d in whole)
-        if not follow.any():
-            x = x.detach()
-        elif not follow.all():
-            x = torch.where(follow.to(x.device).view(-1, *[1] * (x.ndim - 1)), x, x.detach())
+        x = followed(x, follow)
         if active is not None and not active[i]:
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
@@ -84,6 +81,13 @@ def backprop(
     log_p = log_prob(x)
     (share * (loss - gamma * log_p.sum())).backward()
     return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x.detach()}
+
+
+def followed(x: Tensor, follow: Tensor) -> Tensor:
+    """`x` with shape (B, *), detached but for the trajectories that `follow`, with shape (B,) and on the CPU, says."""
+    if follow.all():
+        return x
+    return torch.where(follow.to(x.device).view(-1, *[1] * (x.ndim - 1)), x, x.detach()) if follow.any() else x.detach()
 
 
 def clip_adjoint(x: Tensor, share: float, max_norm: float | None) -> Tensor:
