@@ -19,17 +19,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo paper doctor pull play test lint ui format
 .DEFAULT_GOAL := demo
 
+# --no-compile: Python compiles what is imported; all of it would take a minute.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another by make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 # On top of $(VENV), whose packages it sees: what gradio needs, some of it in other versions.
 $(PLAY)/.installed: $(VENV)/.installed constraints-play.txt
 	$(BIN)/python -m venv $(PLAY)
 	realpath $(VENV)/lib/python3*/site-packages > $$(echo $(PLAY)/lib/python3*/site-packages)/below.pth
-	$(PLAY)/bin/python -m pip install --quiet -c constraints-play.txt gradio
+	$(PLAY)/bin/python -m pip install --quiet --no-compile -c constraints-play.txt gradio
 	touch $@
 
 demo: $(VENV)/.installed

@@ -17,12 +17,18 @@ LONG = [
     "test_smoke",
     "test_slurm",
     "test_dvc",
-    "test_kills",
-    "test_multitask",
-    "test_tasks",
+    "test_mixture",
     "test_continuous_chain",
-    "test_mlflow_server",
+    "test_multitask",
     "test_doctor",
+    "test_pretrain",
+    "test_parallel",
+    "test_kills",
+    "test_resume",
+    "test_tasks",
+    "test_mlflow_server",
+    "test_speed",
+    "test_benchmark_training",
 ]
 SUBJECTS = ["coat", "bag"]
 TEMPLATES = ["{}", "a {}"]
