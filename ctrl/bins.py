@@ -25,13 +25,24 @@ def bin_edges(scores: np.ndarray, edges: Sequence[float] | str, num_classes: int
     return found.tolist()
 
 
-def describe_factor(label: dict, scores: np.ndarray, train: np.ndarray) -> dict:
-    """A factor of the report: the bins of one oracle's `scores`, by those with `train`, both with shape (N,)."""
+def describe_factor(label: dict, scores: np.ndarray, train: np.ndarray, names: Sequence[str] | None = None) -> dict:
+    """A factor of the report: the bins of one oracle's `scores`, by those with `train`, both with shape (N,).
+
+    With `names` the scores are their numbers: each is a label of its own (`nominal`).
+    """
+    if names is not None:
+        if len(names) != label["num_classes"]:
+            raise UserError(
+                f"the column {label['oracle']} has {len(names)} values ({', '.join(names)[:200]}), and label.num_classes is "
+                f"{label['num_classes']}: set it to {len(names)}"
+            )
+        described = {**source_of(label), "unit": "", "num_classes": len(names), "descending": False, "nominal": True}
+        return {**described, "edges": [k + 0.5 for k in range(len(names) - 1)], "label_names": list(names)}
     edges = bin_edges(scores[train], label["edges"], label["num_classes"])
     unit = oracles.UNITS.get(label["oracle"], "")
-    names = oracles.label_names(edges, label["descending"], unit)
-    described = {**source_of(label), "unit": unit, "num_classes": len(names), "descending": label["descending"]}
-    return {**described, "edges": edges, "label_names": names}
+    named = oracles.label_names(edges, label["descending"], unit)
+    described = {**source_of(label), "unit": unit, "num_classes": len(named), "descending": label["descending"]}
+    return {**described, "edges": edges, "label_names": named}
 
 
 def describe_continuous(label: dict, scores: np.ndarray) -> dict:

@@ -53,7 +53,7 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
         common = {key: label[key] for key in ("edges", "num_classes", "descending")}
         label["factors"] = [common | factor for factor in label["factors"]]
     for one in label["factors"] or [label]:
-        if one["edges"] != "quantiles" and label["kind"] != "continuous":
+        if isinstance(one["edges"], list) and label["kind"] != "continuous":
             one["num_classes"] = len(one["edges"]) + 1
     if label["factors"]:
         label["num_classes"] = math.prod(factor["num_classes"] for factor in label["factors"])

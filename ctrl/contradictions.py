@@ -1,8 +1,7 @@
 """Keys of a configuration that are fine alone and contradict each other."""
 
-from pathlib import Path
-
 from ctrl.errors import UserError, redact
+from ctrl.names import COLUMN, factor_of
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}
 
@@ -11,6 +10,7 @@ def check_across(config: dict, where: str = "config") -> None:
     """Raises UserError where two keys that are fine alone contradict each other."""
     check_mixture(config, where)
     check_factors(config["label"], where)
+    check_columns(config, where)
     check_continuous(config["label"], config["classifier"]["head"], where)
     check_prompts(config["prompts"], where)
     check_trainer(config["finetune"], where)
@@ -74,7 +74,7 @@ def check_sizes(config: dict, where: str = "config") -> None:
 def check_factors(label: dict, where: str) -> None:
     """Factors measure different things, and what is held out are some of their combinations."""
     factors = label["factors"] or []
-    names = [Path(factor["oracle"]).stem for factor in factors]  # of a Python file, what its factor is called
+    names = [factor_of(factor["oracle"]) for factor in factors]
     if len(set(names)) < len(names):
         raise UserError(f"{where}: label.factors names an oracle twice ({', '.join(names)}); two factors of one oracle say the same")
     for y in label["held_out"]:
@@ -88,6 +88,21 @@ def check_factors(label: dict, where: str) -> None:
             combinations = label["num_classes"] // factor["num_classes"]
             if sum(held[k] == y for held in label["held_out"]) >= combinations:
                 raise UserError(f"{where}: label.held_out has all {combinations} combinations of {names[k]} {y}: nothing could teach it")
+
+
+def check_columns(config: dict, where: str) -> None:
+    """A column is of the table of the user's own images; a label a value is of a column, and told apart by a softmax."""
+    label, dataset, head = config["label"], config["dataset"], config["classifier"]["head"]
+    for factor in label["factors"] or [label]:
+        oracle, nominal = factor["oracle"], factor["edges"] == "values"
+        if oracle.startswith(COLUMN) and dataset["kind"] != "folder":
+            raise UserError(
+                f"{where}: label.oracle is {oracle}, dataset.kind {dataset['kind']}; only a folder has a table with such a column"
+            )
+        if nominal and not oracle.startswith(COLUMN):
+            raise UserError(f"{where}: label.edges is values; {oracle} measures a number: take quantiles, or edges")
+        if nominal and head != "softmax":
+            raise UserError(f"{where}: label.edges is values, classifier.head {head}; labels without an order take softmax")
 
 
 def check_continuous(label: dict, head: str, where: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ctrl import scoring
+from ctrl import judge, scoring
 from ctrl.bins import describe_continuous, describe_factor, measured_labels
 from ctrl.errors import UserError
 from ctrl.folders import is_inside
@@ -19,6 +19,7 @@ from ctrl.labels import Factors
 from ctrl.pictures import Refused, image_digest, image_files, read_image
 
 SPLITS = ("train", "val", "calibration")
+JUDGE = "judge_"  # before the splits of the images from which the judge of a column learns, and nothing else
 HELD_OUT = "held_out"  # the split of images that nothing is trained on: of a combination of labels to be reached without examples
 TABLES = ("metadata.csv", "metadata.parquet", "samples.parquet")  # of an image folder, the first that exists
 
@@ -33,8 +34,8 @@ def choose_split(digest: bytes, shares: dict[str, float]) -> str:
     return SPLITS[-1]
 
 
-def read_table(folder: Path, captions: bool = True) -> pd.DataFrame:
-    """The table of an image folder in Hugging Face's convention (or of generated samples): file_name and prompt, both text.
+def read_table(folder: Path, captions: bool = True, labels: Sequence[str] = ()) -> pd.DataFrame:
+    """The table of an image folder in Hugging Face's convention (or of generated samples): file_name, prompt and `labels`, all text.
 
     A column `text` serves as `prompt` where there is none. Without `captions` neither a table nor that column is needed: the prompts are
     empty. UserError where the folder, its table or a column is missing.
@@ -43,11 +44,12 @@ def read_table(folder: Path, captions: bool = True) -> pd.DataFrame:
     if not folder.is_dir():
         raise UserError(f"{folder} is {'not a folder' if folder.exists() else 'missing'}: name a folder of images with a {TABLES[0]}")
     path = next((folder / name for name in TABLES if (folder / name).exists()), None)
-    if path is None and not captions:
+    if path is None and not captions and not labels:
         return pd.DataFrame({"file_name": image_files(folder)}, dtype=str).assign(prompt="")
     if path is None:
         raise UserError(
-            f"{folder} has no table of prompts: add a {TABLES[0]} with the columns file_name and prompt, or set dataset.captions: false"
+            f"{folder} has no table: add a {TABLES[0]} with the columns {', '.join(['file_name', 'prompt', *labels])}"
+            + (", or set dataset.captions: false" if captions and not labels else "")
         )
     try:
         table = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -57,25 +59,27 @@ def read_table(folder: Path, captions: bool = True) -> pd.DataFrame:
         table = table.rename(columns={"text": "prompt"})
     if "prompt" not in table and not captions:
         table = table.assign(prompt="")
-    for column in ("file_name", "prompt"):
+    text = ["file_name", "prompt", *labels]
+    for column in text:
         if column not in table:
             raise UserError(f"{path} has no column {column} (it has {', '.join(map(str, table.columns)) or 'none'}): add it")
-    table = table.fillna({"prompt": "", "file_name": ""})
+    table = table.fillna(dict.fromkeys(text, ""))
     try:
-        return table.assign(**{column: [str(value) for value in table[column]] for column in ("file_name", "prompt")})
+        return table.assign(**{column: [str(value) for value in table[column]] for column in text})
     except ValueError as error:
-        raise UserError(f"{path} holds a file_name or prompt that is no text: {error}") from error
+        raise UserError(f"{path} holds a {' or '.join(text)} that is no text: {error}") from error
 
 
 def examine(
     folder: Path, table: pd.DataFrame, image_size: int, score: Callable[[list[Image.Image]], np.ndarray], captions: bool = True,
-    crop: bool = False, store: Callable[[str, Image.Image], Path] | None = None, limit: int | None = None, batch_size: int = 256,
+    crop: bool = False, store: Callable[[str, Image.Image], Path] | None = None, limit: int | None = None, labels: Sequence[str] = (),
+    batch_size: int = 256,
 ) -> tuple[pd.DataFrame, list[dict]]:  # fmt: skip
     """Decodes and scores every image of `table`: the rows kept, with the columns digest, score and path; {file_name, reason} of the others.
 
     `score` makes of pictures an array, a row each. Of equal images (pixel by pixel) the first one stays. Files without a row in the table
-    are refused too. `store` writes an image that was cropped, and says where. With a `limit` only so many rows are looked at, drawn by a
-    hash of their names.
+    are refused too, and rows that say nothing in one of the columns `labels`. `store` writes an image that was cropped, and says where.
+    With a `limit` only so many rows are looked at, drawn by a hash of their names.
     """
 
     def decoded(file_name: str) -> Image.Image | str:
@@ -88,6 +92,7 @@ def examine(
 
     refused, first, kept, columns = [], {}, [], {"digest": [], "score": [], "path": []}
     names, prompts = table["file_name"].tolist(), table["prompt"].tolist()
+    unlabelled = {column: (table[column].str.strip() == "").to_numpy() for column in labels}
     rows = sorted(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest())[:limit])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(rows), batch_size):
@@ -95,6 +100,7 @@ def examine(
             for row, image in zip(part, pool.map(decoded, [names[row] for row in part]), strict=True):
                 name, digest = names[row], b"" if isinstance(image, str) else image_digest(image)
                 reason = image if isinstance(image, str) else "no prompt" if captions and not prompts[row].strip() else None
+                reason = reason or next((f"no label in the column {c}" for c, empty in unlabelled.items() if empty[row]), None)
                 if reason is None and digest in first:
                     reason = f"duplicate of {first[digest]}"
                 if reason is not None:
@@ -118,34 +124,48 @@ def build(
     """The offline dataset of an image folder: a table and its report. For the last four arguments see `read_table`, `examine`.
 
     `label` holds oracle, edges, num_classes and descending, or `factors`, a list of such, and `held_out`, combinations of their labels
-    whose images get the split HELD_OUT; `shares` the share of each of SPLITS. Quantile edges are those of the training split, before
-    anything is held out. The table has file_name, path (relative to the working directory), prompt, subject where the folder has it, split,
-    score_{oracle} of each factor, label (of ctrl.labels). UserError where no image remains, or a label or a split has none.
+    whose images get the split HELD_OUT; where an oracle is a column of the folder's table, also `judge`, whose `share` of all images is
+    set apart, with JUDGE before the names of its splits. `shares` are the shares of SPLITS, there too. Quantile edges are those of the
+    training split, before anything is held out. The table has file_name, path (relative to the working directory), prompt, subject where
+    the folder has it, split, score_{oracle} of each factor, label (of ctrl.labels). UserError where no image remains, or a label or a split
+    has none.
     """
     folder, chosen = Path(folder), [f | scoring.described(f["oracle"], label) for f in label.get("factors") or [label]]
-    functions = [scoring.scorer(f) for f in chosen]
-    table = read_table(folder, captions)
-    rows, refused = examine(folder, table, image_size, lambda x: np.stack([f(x) for f in functions], 1), captions, crop, store, limit)
+    functions = {f["oracle"]: scoring.scorer(f) for f in chosen if "column" not in f}
+    columns = [f["column"] for f in chosen if "column" in f]
+
+    def measured(images: list[Image.Image]) -> np.ndarray:
+        return np.stack([score(images) for score in functions.values()], 1) if functions else np.zeros((len(images), 0))
+
+    table = read_table(folder, captions, columns)
+    rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, columns)
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
-    split = np.array([choose_split(digest, shares) for digest in rows["digest"]])
-    scores = dict(zip((f["oracle"] for f in chosen), np.array(rows["score"].tolist(), dtype=np.float64).T, strict=True))
-    for s in SPLITS:
+    split = np.array([choose_split(digest, shares) for digest in rows["digest"]], dtype=object)
+    if columns:
+        for k, digest in enumerate(rows["digest"]):
+            split[k] = JUDGE * (int.from_bytes(digest[8:16], "big") / 2**64 < label["judge"]["share"]) + split[k]
+    scores = dict(zip(functions, np.array(rows["score"].tolist(), dtype=np.float64).reshape(len(rows), -1).T, strict=True))
+    said = {f["column"]: judge.scores_of_column(rows[f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
+    scores, names_of = scores | {c: values for c, (values, _) in said.items()}, {c: names for c, (_, names) in said.items()}
+    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if columns else []))
+    for s in splits:
         if not (split == s).any():
-            raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise dataset.splits.{s}")
+            share = f"dataset.splits.{s.removeprefix(JUDGE)}" + (" or label.judge.share" if s.startswith(JUDGE) else "")
+            raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise {share}")
     if label.get("kind") == "continuous":
         label = chosen[0]
         described = describe_continuous(label, scores[label["oracle"]][split == "train"]) | {"image_size": image_size}
-        counts = {s: int((split == s).sum()) for s in SPLITS}
+        counts = {s: int((split == s).sum()) for s in splits}
         report = {"num_images": len(rows), **described, "counts": counts, "refused": refused}
         return table_of(rows, split, scores, scores[label["oracle"]]), report
-    factors = [describe_factor(f, scores[f["oracle"]], split == "train") for f in chosen]
+    factors = [describe_factor(f, scores[f["oracle"]], split == "train", names_of.get(f["oracle"])) for f in chosen]
     space = Factors.from_report({"factors": factors})
     y = measured_labels(scores, {"factors": factors})
     names, held_out = space.names, space.check(label.get("held_out") or []).tolist()
     split[np.isin(y, held_out)] = HELD_OUT
-    counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in (*SPLITS, *([HELD_OUT] if held_out else []))}
+    counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in (*splits, *([HELD_OUT] if held_out else []))}
     for k, n in enumerate(counts["train"]):
         if n == 0 and k not in held_out:
             spans = (f"the scores span {score.min():.4g} to {score.max():.4g}" for score in scores.values())

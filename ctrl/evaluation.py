@@ -229,6 +229,8 @@ def label_figures(samples: Samples, report: dict, over_seeds: Callable) -> tuple
     parts = Factors.from_report(report).parts[requested].T.numpy()
     misses = {}
     for factor, y in zip(factors, parts, strict=True):
+        if factor.get("nominal"):  # one class is no nearer than another
+            continue
         outside = distance_to_bin(scores[factor["oracle"]], y, factor["edges"], factor["descending"])
         outside = outside[~hits if len(factors) == 1 else outside > 0]
         half_and_all = {"median": float(np.median(outside)), "largest": float(outside.max())} if len(outside) else {}
@@ -238,7 +240,7 @@ def label_figures(samples: Samples, report: dict, over_seeds: Callable) -> tuple
         "per_subject": {
             s: {"accuracy": float(hits[subjects == s].mean()), "n": int((subjects == s).sum())} for s in dict.fromkeys(subjects)
         },
-        "misses": misses if len(factors) > 1 else misses[factors[0]["oracle"]],
+        "misses": misses if len(factors) > 1 else misses.get(factors[0]["oracle"], {}),
     }
 
 

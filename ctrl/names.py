@@ -6,7 +6,9 @@ adapter `ctrl`.
 
 import re
 from decimal import Decimal
+from pathlib import Path
 
+COLUMN = "column:"  # as an oracle: a column of the table of the user's images follows
 VARIANT = re.compile(r"(?P<recipe>.+?)(_gamma(?P<gamma>\d+(\.\d+)?))?(_seed(?P<seed>\d+))?(?P<sample>_n[1-9]\d*)?")
 DIALLED = re.compile(r"(?P<method>.+)_strength(?P<strength>\d+(\.\d+)?)")
 
@@ -14,6 +16,11 @@ DIALLED = re.compile(r"(?P<method>.+)_strength(?P<strength>\d+(\.\d+)?)")
 def decimal(number: float) -> str:
     """As short as can be, without an exponent."""
     return format(Decimal(str(number)).normalize(), "f")
+
+
+def factor_of(oracle: str) -> str:
+    """What is measured, by its oracle: `my_oracle` of my/my_oracle.py, `quality` of column:quality."""
+    return Path(oracle).stem.removeprefix(COLUMN)
 
 
 def recipe_of(name: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ctrl.errors import UserError, is_out_of_memory
+from ctrl.names import COLUMN
 
 
 def is_own(name: object) -> bool:
@@ -58,7 +59,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def files_of(config: dict, arguments: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The files that a configuration names, which are inputs of the rules: `oracles` with their weights, and `networks`.
+    """The files that a configuration names, which are inputs of the rules: `oracles` with their weights, `networks`, and the `judge`'s.
 
     UserError where a Python file is missing, or the weights of the aesthetic oracle are: hours would pass before they are needed. A dry
     run, by Snakemake's `arguments`, says so and goes on.
@@ -68,7 +69,9 @@ def files_of(config: dict, arguments: Sequence[str] = ()) -> dict[str, list[str]
     oracles = [factor["oracle"] for factor in factors]
     networks = {factor.get("network") or config["classifier"]["network"] for factor in factors}
     found = {"oracles": [name for name in oracles if is_own(name)], "networks": sorted(name for name in networks if is_own(name))}
-    for name in found["oracles"] + found["networks"]:
+    judged = any(name.startswith(COLUMN) for name in oracles)
+    found["judge"] = [name for name in [label["judge"]["network"]] if judged and is_own(name)]
+    for name in found["oracles"] + found["networks"] + found["judge"]:
         digest(name)
     if "aesthetic" in oracles and not Path(weights := label["aesthetic"]["weights"]).is_file():
         line = f"label.aesthetic.weights: there is no file {weights}; docs/your-own.md says where to get it"

@@ -1,32 +1,35 @@
-"""From an oracle's name to the function that scores pictures: one of ctrl.oracles, the aesthetic predictor, or the user's own file."""
+"""From an oracle's name to the function that scores pictures: of ctrl.oracles, the aesthetic predictor, the user's file, or a judge."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from json import dumps, loads
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ctrl import aesthetic, own
+from ctrl import aesthetic, judge, own
 from ctrl.errors import UserError
+from ctrl.names import COLUMN, factor_of
 from ctrl.oracles import ORACLES, get_oracle
 
-KEYS = ("oracle", "file", "sha256", "aesthetic")  # of a factor in report.json: how it is measured
+KEYS = ("oracle", "file", "sha256", "aesthetic", "column", "judge")  # of a factor in report.json: how it is measured
 Score = Callable[[Sequence[Image.Image]], np.ndarray]  # RGB pictures -> their scores, float64 with shape (N,)
 
 
 def described(oracle: str, label: Mapping) -> dict:
     """What a dataset's report.json says of an oracle, beside its bins: `oracle`, its name, and what its function takes, if anything.
 
-    `label` is the config's section. A file of the user's own goes by its name without folder and ending.
+    `label` is the config's section. A file of the user's own goes by its name without folder and ending, a column by its own.
     """
+    name = factor_of(oracle)
+    if name != oracle and name in (*ORACLES, "aesthetic"):
+        raise UserError(f"label.oracle: {oracle} has the name of an oracle of the project: give it another name")
+    if oracle.startswith(COLUMN):
+        return {"oracle": name, "column": name}
     if own.is_own(oracle):
-        if Path(oracle).stem in (*ORACLES, "aesthetic"):
-            raise UserError(f"label.oracle: {oracle} has the name of an oracle of the project: give the file another name")
-        return {"oracle": Path(oracle).stem, "file": oracle, "sha256": own.digest(oracle)}
+        return {"oracle": name, "file": oracle, "sha256": own.digest(oracle)}
     if oracle == "aesthetic":
         return {"oracle": oracle, "aesthetic": dict(label["aesthetic"])}
     get_oracle(oracle)  # raises where there is none
@@ -42,6 +45,8 @@ def scorer(factor: Mapping | str) -> Score:
 @lru_cache(maxsize=8)
 def _scorer(factor: str) -> Score:
     factor = loads(factor)
+    if "column" in factor:
+        return judge.scorer(factor["judge"], factor["sha256"])
     if "file" in factor:
         return own_scorer(factor["file"], factor.get("sha256"))
     if factor["oracle"] == "aesthetic" and "aesthetic" in factor:

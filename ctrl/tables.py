@@ -108,6 +108,13 @@ def _shown(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 def _notes(table: pd.DataFrame) -> list[str]:
     notes = ["95 % bootstrap intervals in brackets; n images a method, all on held-out prompts and seeds."]
+    for column in (c for c in table if c.startswith("judge_") and not c.endswith(("_lo", "_hi"))):
+        measure, oracle = column.removeprefix("judge_").split("_", 1)
+        lo, hi = (table[f"{column}{end}"].iloc[0] for end in ("_lo", "_hi"))
+        notes.append(
+            f"{oracle} is what people said. Of generated images a judge says it, which learned from labelled images that no method had; on "
+            f"further ones its {'R²' if measure == 'r2' else measure} is {table[column].iloc[0]:.3f} [{lo:.3f}, {hi:.3f}]."
+        )
     if "mae" in table:
         notes.append(
             "MAE and RMSE of what was reached against what was asked for, in the label's unit; R² is 1 − MSE / the variance "

@@ -1,18 +1,50 @@
-"""Build the offline dataset: score images by the oracle, bin the scores into labels, split by a hash of the pixels, report the refused."""
+"""Build the offline dataset: score images by the oracle, bin the scores into labels, split by a hash of the pixels, report the refused.
+
+Of a label that a column of the images' table holds, train the judge that is the oracle from then on.
+"""
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
+import pandas as pd
+import torch
 from PIL import Image
 
-from ctrl import data, errors, io, tracking
+from ctrl import classifier, data, errors, io, judge, tracking
+from ctrl.device import device_of
 from ctrl.figures import histogram
+from ctrl.labels import factors_of
+from ctrl.pictures import load_images
 from scripts.common import add_config_argument, load_config
 
 
+def train_judges(table: pd.DataFrame, report: dict, config: dict, folder: Path, output: Path) -> None:
+    """Writes the judge of each column into `folder`, which will be `output`, and adds it to the report."""
+    columns = [factor for factor in factors_of(report) if "column" in factor]
+    if not columns:
+        return
+    share = table[table["split"].str.startswith(data.JUDGE)]
+    moved = f"{data.relative(output)}/"  # images that were cropped are still in `folder`
+    images = load_images(folder / path.removeprefix(moved) if path.startswith(moved) else path for path in share["path"])
+    settings, splits = config["classifier"] | {"network": config["label"]["judge"]["network"]}, share["split"].str.removeprefix(data.JUDGE)
+    for factor in columns:
+        name, num_bootstrap = factor["oracle"], config["evaluation"]["num_bootstrap"]
+        trained, quality = judge.train(
+            images, share[f"score_{name}"].to_numpy(), splits, factor, settings, config["seed"] + 1, num_bootstrap, device_of(os.environ)
+        )
+        place = folder / "judge" / name
+        place.mkdir(parents=True)
+        classifier.save(place, trained)
+        digest = io.read_json(place / "config.json")["sha256"]
+        factor |= {"judge": data.relative(output / "judge" / name), "sha256": digest, "judge_quality": quality}
+        for measure, figure in quality.items():
+            print(f"judge of {name}: {measure} {figure['value']:.3f} [{figure['lo']:.3f}, {figure['hi']:.3f}], n = {figure['n']}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
     parser.add_argument(
         "--images",
@@ -21,7 +53,9 @@ def main() -> None:
         help="folder of images with metadata.csv, metadata.parquet (file_name, prompt) or samples.parquet",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for metadata.parquet, report.json and histogram.png")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU threads of a judge's training (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(args.num_threads)
     config = load_config(args)
     with tracking.run(config, config["experiment"], "build_dataset", tracking_uri=config["mlflow"]["tracking_uri"]) as run:
         settings = config["dataset"]
@@ -37,6 +71,7 @@ def main() -> None:
                 args.images, settings["image_size"], config["label"], settings["splits"], settings["captions"],
                 settings["resize"] == "crop", store, settings["limit"],
             )  # fmt: skip
+            train_judges(table, report, config, folder, args.output)
             io.write_parquet(folder / "metadata.parquet", table)
             io.write_json(folder / "report.json", report)
             histogram.histogram(table, report).savefig(folder / "histogram.png", dpi=150)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ctrl import errors, evaluation, features
+from ctrl import errors, evaluation, features, judge
 from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of
 from ctrl.tracking import run
@@ -39,7 +39,7 @@ def main() -> None:
     network = features.load(config["evaluation"]["features"])
     with run(config, config["experiment"], f"evaluate {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as log:
         result = evaluation.evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
-        result["metrics"] |= evaluation.further_figures(samples, config["evaluation"], config["seed"])
+        result["metrics"] |= evaluation.further_figures(samples, config["evaluation"], config["seed"]) | judge.figures(factors)
         result = {"method": args.method, "settings": settings, "label_names": report["label_names"]} | result
         write_json(args.output, result)
         if args.output_metrics:
@@ -50,9 +50,9 @@ def main() -> None:
         result, ["accuracy", "macro_f1", "mae", "r2", "mae_beyond", "kid_rejection", "diversity", network.score_name, "brisque"]
     )
     print(f"{args.method} (n = {result['n']}): " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    for factor in factors if "misses" in result else []:
-        misses = result["misses"] if len(factors) == 1 else result["misses"][factor["oracle"]]
-        if misses["n"]:
+    for factor in factors if result.get("misses") else []:
+        misses = result["misses"] if len(factors) == 1 else result["misses"].get(factor["oracle"])
+        if misses and misses["n"]:
             unit = f" {factor['unit']}".rstrip()
             print(f"{misses['n']} misses: half within {misses['median']:.3g}{unit} of their bin, all within {misses['largest']:.3g}")
 

@@ -14,6 +14,7 @@ from ctrl.bins import measured_labels
 from ctrl.classifier_fit import fit
 from ctrl.device import device_of
 from ctrl.labels import factors_of
+from ctrl.names import factor_of
 from ctrl.oracles import to_pil
 from ctrl.pictures import load_images
 from ctrl.scoring import scorer
@@ -78,7 +79,7 @@ def main() -> None:
     report, table = io.read_json(args.dataset / "report.json"), io.read_parquet(args.dataset / "metadata.parquet")
     images = load_images(table["path"])
     settings, factors, quality = config["classifier"], factors_of(report), quality_of(report)
-    networks = {Path(f["oracle"]).stem: f.get("network") or settings["network"] for f in config["label"]["factors"] or []}
+    networks = {factor_of(f["oracle"]): f.get("network") or settings["network"] for f in config["label"]["factors"] or []}
 
     name, uri = f"train_classifier {settings['network']}", config["mlflow"]["tracking_uri"]
     with tracking.run(config, config["experiment"], name, {"network": settings["network"]}, uri) as run:

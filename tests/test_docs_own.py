@@ -44,7 +44,7 @@ def complete(path: str | Path) -> dict:
 
 def test_every_configuration_is_complete(written):
     paths = sorted((written / "config").glob("*.yaml"))
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         config = complete(path)
         assert config["experiment"] == path.stem

@@ -34,7 +34,9 @@ def _draw_histogram(axes: Axes, score: np.ndarray, label: np.ndarray, report: di
         part = score[label == y]
         bins = np.linspace(low, high, max(round((high - low) / width), 1) + 1)
         axes.hist(part, bins=bins, color=f"C{y % 10}", label=f"{y}: {report['label_names'][y]} (n = {len(part)})")
-    for edge in report["edges"]:
+    if report.get("nominal"):
+        axes.set_xticks(range(report["num_classes"]), report["label_names"])
+    for edge in [] if report.get("nominal") else report["edges"]:
         axes.axvline(edge, color="black", linestyle="--", linewidth=1)
         axes.annotate(f"{edge:.4g}", (edge, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
     axes.set_xlabel(f"{report['oracle'].replace('_', ' ')} / {report['unit']}".removesuffix(" / "))

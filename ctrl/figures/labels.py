@@ -58,6 +58,8 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
                     axes.axvline(edge, color="#777777", linewidth=0.6, linestyle=(0, (3, 2)))
                 axes.hist(own.clip(low, high), bins=grid, color=colours[y], linewidth=0)
                 axes.set(xlim=(low, high), yticks=[])
+                if report.get("nominal"):
+                    axes.set_xticks(range(num_classes), report["label_names"], fontsize=6)
                 axes.grid(False)
                 if len(own):
                     share = ((own >= start) & (own < end)).mean()

@@ -15,7 +15,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 from ctrl import config_file, own
 from ctrl.config import UserError, check_scales, check_size, for_adapter, needs_classifier, read_methods, resolve
-from ctrl.names import compared_of, dial_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
+from ctrl.names import COLUMN, compared_of, dial_of, factor_of, own_gamma, recipe_of, sample_of, split_strength, sweep_of
 
 
 def refuse(message: object) -> None:
@@ -52,7 +52,7 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
     return [f"{folder}/{name}.py" for name in names.split()]
 
 
-ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip"), lib("curves labels pictures style", "ctrl/figures")
+ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip judge"), lib("curves labels pictures style", "ctrl/figures")
 CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
 CLASSIFIER = lib("classifier heads labels networks dct") + ORACLES
 GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))

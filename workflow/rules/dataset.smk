@@ -1,7 +1,9 @@
 # The offline dataset: images with prompts, and from the oracle their scores and labels.
 #
 # Needs  resources/fashion-mnist (dataset.kind embedded), a folder of images (folder), or the base model (generated)
-# Makes  results/{experiment}/dataset/{metadata.parquet, report.json, histogram.png}
+# Makes  results/{experiment}/dataset/{metadata.parquet, report.json, histogram.png}, and judge/ where a column is the label
+
+JUDGED = [factor_of(f["oracle"]) for f in config["label"]["factors"] or [config["label"]] if f["oracle"].startswith(COLUMN)]
 
 
 rule unpack_images:
@@ -68,10 +70,10 @@ rule generate_images:
 
 
 rule build_dataset:
-    """Scores by the oracle, labels by bins, splits by a hash of each image."""
+    """Scores by the oracle, labels by bins, splits by a hash of each image; the judge of a column."""
     input:
-        code=CODE["build_dataset"],
-        own=OWN["oracles"],
+        code=CODE["build_dataset"] + (CLASSIFIER + lib("classifier_fit metrics") if JUDGED else []),
+        own=OWN["oracles"] + OWN["judge"],
         table=TABLE,
     output:
         metadata="results/{experiment}/dataset/metadata.parquet",
@@ -81,15 +83,15 @@ rule build_dataset:
             caption="../report/dataset.rst",
             category="1 Dataset",
         ),
+        judge=[f"results/{{experiment}}/dataset/judge/{name}/model.safetensors" for name in JUDGED],
     log:
         "results/{experiment}/logs/build_dataset.txt",
+    threads: SHARE if JUDGED else 1
     resources:
-        **CPU,
-        mem_mb=4000,
-        runtime=30,
+        **(GPU if JUDGED else {**CPU, "mem_mb": 4000, "runtime": 30}),
     params:
         config="results/{experiment}/config.json",
-        depends=sections("dataset", "label"),
+        depends=sections("dataset", "label", *(["classifier", "seed"] if JUDGED else [])),
         images=IMAGES,
         output="results/{experiment}/dataset",
     shell:
@@ -97,5 +99,6 @@ rule build_dataset:
         python scripts/build_dataset.py \
             --config {params.config:q} \
             --images {params.images:q} \
-            --output {params.output:q} 2>&1 | tee {log:q}
+            --output {params.output:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
         """
