@@ -181,7 +181,7 @@ def page(
         "",
         *markdown_table(["method", *(COSTS[name][0] for name in cost)], prices, 1),
         "",
-        *([f"Not run, of that command's rows: {listed(missing)}.", ""] if (missing := [m for m in methods["method"] if m not in rows]) else []),
+        *([f"Not run, of that command: {listed(missing)}.", ""] if (missing := [m for m in methods["method"] if m not in rows]) else []),
         "## What the figures say",
         "",
         *(f"- {text}" for text in sentences(table)),

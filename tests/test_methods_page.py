@@ -67,7 +67,7 @@ def test_the_page_lists_what_was_not_run_and_its_tables_are_tables():
     text = methods_page.page(
         METHODS, pd.DataFrame([row("pretrained", 0.25), row("ctrl", 0.875)]), CONFIG, ["From a test."], [("a.png", "A.")]
     )
-    missing = next(line for line in text.splitlines() if line.startswith("Not run:"))
+    missing = next(line for line in text.splitlines() if line.startswith("Not run"))
     assert "`mpgd`" in missing and "`ctrl`" not in missing and "`pretrained`" not in missing
     assert "| `ctrl` | 64 | 0.875 [0.855, 0.895] |" in text and "![A.](a.png)" in text
     block = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
