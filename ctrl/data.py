@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ctrl import judge, scoring
+from ctrl import columns, scoring
 from ctrl.bins import describe_continuous, describe_factor, measured_labels
 from ctrl.errors import UserError
 from ctrl.folders import is_inside
@@ -47,9 +47,10 @@ def read_table(folder: Path, captions: bool = True, labels: Sequence[str] = ()) 
     if path is None and not captions and not labels:
         return pd.DataFrame({"file_name": image_files(folder)}, dtype=str).assign(prompt="")
     if path is None:
+        needed = ", ".join(["file_name", *["prompt"] * captions, *labels])
+        otherwise = ", or set dataset.captions: false" if captions and not labels else ""
         raise UserError(
-            f"{folder} has no table: add a {TABLES[0]} with the columns {', '.join(['file_name', 'prompt', *labels])}"
-            + (", or set dataset.captions: false" if captions and not labels else "")
+            f"{folder} has no table of {'labels' if labels else 'prompts'}: add a {TABLES[0]} with the columns {needed}{otherwise}"
         )
     try:
         table = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -132,24 +133,24 @@ def build(
     """
     folder, chosen = Path(folder), [f | scoring.described(f["oracle"], label) for f in label.get("factors") or [label]]
     functions = {f["oracle"]: scoring.scorer(f) for f in chosen if "column" not in f}
-    columns = [f["column"] for f in chosen if "column" in f]
+    said = [f["column"] for f in chosen if "column" in f]
 
     def measured(images: list[Image.Image]) -> np.ndarray:
         return np.stack([score(images) for score in functions.values()], 1) if functions else np.zeros((len(images), 0))
 
-    table = read_table(folder, captions, columns)
-    rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, columns)
+    table = read_table(folder, captions, said)
+    rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, said)
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
     split = np.array([choose_split(digest, shares) for digest in rows["digest"]], dtype=object)
-    if columns:
+    if said:
         for k, digest in enumerate(rows["digest"]):
             split[k] = JUDGE * (int.from_bytes(digest[8:16], "big") / 2**64 < label["judge"]["share"]) + split[k]
     scores = dict(zip(functions, np.array(rows["score"].tolist(), dtype=np.float64).reshape(len(rows), -1).T, strict=True))
-    said = {f["column"]: judge.scores_of_column(rows[f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
-    scores, names_of = scores | {c: values for c, (values, _) in said.items()}, {c: names for c, (_, names) in said.items()}
-    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if columns else []))
+    read = {f["column"]: columns.scores_of(rows[f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
+    scores, names_of = scores | {c: values for c, (values, _) in read.items()}, {c: names for c, (_, names) in read.items()}
+    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
     for s in splits:
         if not (split == s).any():
             share = f"dataset.splits.{s.removeprefix(JUDGE)}" + (" or label.judge.share" if s.startswith(JUDGE) else "")

@@ -70,7 +70,7 @@ def files_of(config: dict, arguments: Sequence[str] = ()) -> dict[str, list[str]
     networks = {factor.get("network") or config["classifier"]["network"] for factor in factors}
     found = {"oracles": [name for name in oracles if is_own(name)], "networks": sorted(name for name in networks if is_own(name))}
     judged = any(name.startswith(COLUMN) for name in oracles)
-    found["judge"] = [name for name in [label["judge"]["network"]] if judged and is_own(name)]
+    found["judge"] = [name for name in [label["judge"]["network"] if judged else ""] if is_own(name)]
     for name in found["oracles"] + found["networks"] + found["judge"]:
         digest(name)
     if "aesthetic" in oracles and not Path(weights := label["aesthetic"]["weights"]).is_file():

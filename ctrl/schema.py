@@ -103,7 +103,10 @@ def _hint(error: jsonschema.ValidationError) -> str:
 def _show(value: object) -> str:
     """The value as a user wrote it; a text that looks like a number or like nothing in quotes."""
     plain = isinstance(value, str) and not re.fullmatch(r"|[-+.\de]+|true|false|null", value)
-    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
+    except TypeError:  # a key that is a date
+        text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ctrl import classifier, data, errors, io, judge, tracking
+from ctrl import classifier, data, errors, io, judge_fit, tracking
 from ctrl.device import device_of
 from ctrl.figures import histogram
 from ctrl.labels import factors_of
@@ -31,7 +31,7 @@ def train_judges(table: pd.DataFrame, report: dict, config: dict, folder: Path, 
     settings, splits = config["classifier"] | {"network": config["label"]["judge"]["network"]}, share["split"].str.removeprefix(data.JUDGE)
     for factor in columns:
         name, num_bootstrap = factor["oracle"], config["evaluation"]["num_bootstrap"]
-        trained, quality = judge.train(
+        trained, quality = judge_fit.train(
             images, share[f"score_{name}"].to_numpy(), splits, factor, settings, config["seed"] + 1, num_bootstrap, device_of(os.environ)
         )
         place = folder / "judge" / name

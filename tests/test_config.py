@@ -80,7 +80,7 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune:", "finetune is null; it must be a mapping"),
         ("label: {edges: [3, 2]}", "label.edges is [3, 2]; it must be a list of 1 or more entries, in ascending order"),
         ("label: {edges: [2, 2]}", "in ascending order"),
-        ("label: {edges: quartiles}", "it must be quantiles or a list"),
+        ("label: {edges: quartiles}", "it must be quantiles or values or a list"),
         ("label: {oracle: jpeg}", "it must be one of jpeg_size, brightness, aesthetic, or the path of a Python file"),
         ("label: {oracle: my-oracle.py}", "label.oracle is my-oracle.py; it must be one of"),
         ("classifier: {network: cnn2}", "it must be one of dct, pixels, cnn, clip, or the path of a Python file"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ctrl import classifier as classifiers
-from ctrl import data, errors, io, judge, scoring, tables
+from ctrl import columns, data, errors, io, judge, scoring, tables
 from ctrl.bins import describe_factor
 from ctrl.config import merge, resolve
 from ctrl.errors import UserError
@@ -101,11 +101,11 @@ def test_refused(folder, label, message):
 
 def test_a_comma_would_end_a_name(folder):
     with pytest.raises(UserError, match="hold no comma"):
-        judge.scores_of_column(pd.Series(["a, b", "c"]), "mood", "values")
+        columns.scores_of(pd.Series(["a, b", "c"]), "mood", "values")
 
 
 def test_numbers_that_are_names_are_in_their_order():
-    scores, names = judge.scores_of_column(pd.Series(["10", "9", " 9", "-1"]), "stage", "values")
+    scores, names = columns.scores_of(pd.Series(["10", "9", " 9", "-1"]), "stage", "values")
     assert names == ["-1", "9", "10"] and scores.tolist() == [2, 1, 1, 0]
 
 

@@ -72,13 +72,13 @@ def test_what_a_configuration_names_is_looked_for_before_anything_starts(tmp_pat
         with pytest.raises(UserError, match=r"there is no file .*no.safetensors; docs/your-own.md says"):
             own.files_of(config, arguments)
     for dry in ("-n", "-np", "--dry-run", "--dryrun"):
-        assert own.files_of(config, ["all", dry]) == {"oracles": [], "networks": []}
+        assert own.files_of(config, ["all", dry]) == {"oracles": [], "networks": [], "judge": []}
         assert "note: label.aesthetic.weights" in capsys.readouterr().err
     (tmp_path / "no.safetensors").touch()
     assert own.files_of(config)["oracles"] == [str(tmp_path / "no.safetensors")]
     mine = own_file(tmp_path, OWN)
     config = {"label": {"factors": [{"oracle": mine}, {"oracle": "jpeg_size", "network": mine}]}, "classifier": {"network": "cnn"}}
-    assert own.files_of(config) == {"oracles": [mine], "networks": [mine]}
+    assert own.files_of(config) == {"oracles": [mine], "networks": [mine], "judge": []}
     with pytest.raises(UserError, match="there is no file gone.py"):
         own.files_of({"label": {"factors": None, "oracle": "gone.py"}, "classifier": {"network": "cnn"}}, ["-n"])
 

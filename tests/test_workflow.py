@@ -17,7 +17,9 @@ INFRASTRUCTURE = {
     ),
 }
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
-SCORING = {f"ctrl/{name}.py" for name in ("aesthetic", "clip", "oracles", "own", "scoring")}
+SCORING = {
+    f"ctrl/{name}.py" for name in ("aesthetic", "classifier", "clip", "dct", "heads", "judge", "networks", "oracles", "own", "scoring")
+}
 EXEMPT = {  # imported, but without a say in the result of these rules
     "estimate_cells": {"ctrl/metrics.py"},
     "finetune": {

@@ -159,7 +159,8 @@ def run(
                 write_history(folder, history)
             if stop and not last:
                 raise Stopped(f"SIGTERM: stopped after update {update + 1} of {num_updates}; {checkpoint} has it, and the next run goes on")
-            bar.set_postfix({key: next((f"{r[key]:.3g}" for r in reversed(history) if key in r), "") for key in SHOWN}, refresh=False)
+            shown = {key: next((f"{row[key]:.3g}" for row in reversed(history) if key in row), "") for key in SHOWN}
+            bar.set_postfix({key: text for key, text in shown.items() if text}, refresh=False)
             bar.update()
     if is_main():
         write_history(folder, history)  # a run that was cut off behind its last checkpoint has lost the file with its other outputs

@@ -52,9 +52,9 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
     return [f"{folder}/{name}.py" for name in names.split()]
 
 
-ORACLES, PICTURES = lib("oracles scoring bins aesthetic own clip judge"), lib("curves labels pictures style", "ctrl/figures")
+ORACLES = lib("oracles scoring bins aesthetic own clip judge classifier heads networks dct")
+CLASSIFIER, PICTURES = lib("labels") + ORACLES, lib("curves labels pictures style", "ctrl/figures")
 CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
-CLASSIFIER = lib("classifier heads labels networks dct") + ORACLES
 GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
@@ -64,9 +64,9 @@ CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
-    "build_dataset": ["scripts/build_dataset.py", *lib("data pictures labels figures/histogram"), *ORACLES],
+    "build_dataset": ["scripts/build_dataset.py", *lib("data columns judge_fit classifier_fit metrics pictures figures/histogram"), *CLASSIFIER],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
-    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data pictures")],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data columns pictures")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
     "sample": [*lib("sample guided adapter_figures", "scripts"), *CORE, *lib("image_folder finetune/objective")],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
@@ -77,7 +77,7 @@ CODE = {
     "plot_figures": [*lib("plot_figures cells", "scripts"), *PICTURES, *ORACLES, *lib("evaluation labels pairs pictures targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
-    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data bins pictures")],
+    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data columns bins pictures")],
     "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }

@@ -72,7 +72,7 @@ rule generate_images:
 rule build_dataset:
     """Scores by the oracle, labels by bins, splits by a hash of each image; the judge of a column."""
     input:
-        code=CODE["build_dataset"] + (CLASSIFIER + lib("classifier_fit metrics") if JUDGED else []),
+        code=CODE["build_dataset"],
         own=OWN["oracles"] + OWN["judge"],
         table=TABLE,
     output:
