@@ -31,6 +31,7 @@ def train_judges(table: pd.DataFrame, report: dict, config: dict, folder: Path, 
     settings, splits = config["classifier"] | {"network": config["label"]["judge"]["network"]}, share["split"].str.removeprefix(data.JUDGE)
     for factor in columns:
         name, num_bootstrap = factor["oracle"], config["evaluation"]["num_bootstrap"]
+        print(f"judge of {name}: {settings['network']}, learns from {(splits == 'train').sum()} images", flush=True)
         trained, quality = judge_fit.train(
             images, share[f"score_{name}"].to_numpy(), splits, factor, settings, config["seed"] + 1, num_bootstrap, device_of(os.environ)
         )
