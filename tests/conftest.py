@@ -11,7 +11,8 @@ import torch
 
 from tests.repository import copy_repository, snakemake
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers beside each other share the cores
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # workers beside each other share the cores
+torch.set_num_threads(THREADS)
 
 LONG = [
     "test_smoke",
@@ -37,6 +38,13 @@ TEMPLATES = ["{}", "a {}"]
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that two workers (pytest-xdist, a file each at a time) end together."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch):
+    """Scripts that run in this process set a number of their own: two threads where two workers share two cores wait for each other."""
+    set_num_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: set_num_threads(min(number, THREADS)))
 
 
 @pytest.fixture(scope="session")
