@@ -22,16 +22,19 @@ class Job:
 
 
 def image_cost(method: Mapping, config: Mapping) -> tuple[str, float]:
-    """What an image of a row of methods.tsv costs: `plain` or `guided` (with a gradient), and how many of these."""
+    """What an image of a row of methods.tsv costs, and how many of these.
+
+    `plain`, `guided` (with a gradient) or `weighed` (with a look of the classifier at every step).
+    """
     particles, labels = config["particles"], config["label"]["num_classes"]
     factor = {"rejection": labels, "particles": particles, "cfg": 2}.get(method["family"], 1)
-    return ("guided" if method["family"] == "guidance" else "plain"), factor
+    return {"guidance": "guided", "particles": "weighed"}.get(method["family"], "plain"), factor
 
 
 def jobs(config: dict, methods: Sequence[Mapping], image: Mapping[str, float], update: Mapping[str, float], start: float) -> list[Job]:
     """All jobs of the long run that draw images or train.
 
-    `image` has the seconds of a `plain` and of a `guided` image, `update` those of an update of every adapter in `adapters_of`, `start`
+    `image` has the seconds of each kind of image (see `image_cost`), `update` those of an update of every adapter in `adapters_of`, `start`
     what starting a job takes.
     """
     by_name = {m["method"]: m for m in methods}

@@ -52,6 +52,9 @@ def main() -> None:
         name: measure.seconds(lambda d=denoiser: base.decode(sample(process, d, noise)), base.device) / size
         for name, denoiser in (("plain", pretrained), ("guided", guided))
     }
+    with torch.no_grad():
+        look = measure.seconds(lambda: stand_in(noise[0]), base.device) / size
+    image["weighed"] = image["plain"] + process.num_steps * look
     lora, seed = config["finetune"]["lora"], config["seed"]
     lowest = max(config["finetune"]["min_timestep"], process.lowest_noisy_timestep)
     control = controls.Control(base, config["label"]["num_classes"], lora["rank"], lora["target_modules"], seed, lowest)

@@ -14,15 +14,16 @@ METHODS = tables.read_methods(ROOT / "config/methods.tsv").to_dict("records")
 
 def of(**seconds):
     update = dict.fromkeys(estimate.adapters_of(CONFIG, METHODS), seconds.get("update", 0.0))
-    image = {"plain": seconds.get("plain", 0.0), "guided": seconds.get("guided", 0.0)}
+    image = {kind: seconds.get(kind, 0.0) for kind in ("plain", "guided", "weighed")}
     return {job.name: job.seconds for job in estimate.jobs(CONFIG, METHODS, image, update, seconds.get("start", 0.0))}
 
 
 def test_each_job_costs_what_the_config_asks():
     num = CONFIG["evaluation"]["images_per_label"] * CONFIG["label"]["num_classes"]
-    plain, guided, update = of(plain=2.0), of(guided=3.0), of(update=5.0)
+    plain, guided, weighed, update = of(plain=2.0), of(guided=3.0), of(weighed=4.0), of(update=5.0)
     assert plain["sample pretrained"] == plain["sample ctrl"] == 2 * num
-    assert plain["sample smc"] == 2 * num * CONFIG["particles"] and plain["sample rejection"] == 2 * num * CONFIG["label"]["num_classes"]
+    assert weighed["sample smc"] == weighed["sample svdd"] == 4 * num * CONFIG["particles"] and plain["sample smc"] == 0
+    assert plain["sample rejection"] == 2 * num * CONFIG["label"]["num_classes"]
     assert guided["sample mpgd"] == 3 * num and guided["sample ctrl"] == 0
     assert guided["tune mpgd"] == 3 * CONFIG["tuning"]["num_images"] * len(CONFIG["tuning"]["mpgd"]["scale"])
     assert (
