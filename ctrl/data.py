@@ -16,10 +16,12 @@ from ctrl.errors import UserError
 from ctrl.folders import is_inside
 from ctrl.io import read_parquet
 from ctrl.labels import Factors
+from ctrl.oracles import score_to_label
 from ctrl.pictures import Refused, image_digest, image_files, read_image
 
 SPLITS = ("train", "val", "calibration")
 JUDGE = "judge_"  # before the splits of the images from which the judge of a column learns, and nothing else
+SAID = "said: "  # before a column's name, once it is a label
 HELD_OUT = "held_out"  # the split of images that nothing is trained on: of a combination of labels to be reached without examples
 TABLES = ("metadata.csv", "metadata.parquet", "samples.parquet")  # of an image folder, the first that exists
 
@@ -64,9 +66,8 @@ def read_table(folder: Path, captions: bool = True, labels: Sequence[str] = ()) 
     for column in text:
         if column not in table:
             raise UserError(f"{path} has no column {column} (it has {', '.join(map(str, table.columns)) or 'none'}): add it")
-    table = table.fillna(dict.fromkeys(text, ""))
     try:
-        return table.assign(**{column: [str(value) for value in table[column]] for column in text})
+        return table.assign(**{column: [columns.as_text(value) for value in table[column]] for column in text})
     except ValueError as error:
         raise UserError(f"{path} holds a {' or '.join(text)} that is no text: {error}") from error
 
@@ -101,7 +102,8 @@ def examine(
             for row, image in zip(part, pool.map(decoded, [names[row] for row in part]), strict=True):
                 name, digest = names[row], b"" if isinstance(image, str) else image_digest(image)
                 reason = image if isinstance(image, str) else "no prompt" if captions and not prompts[row].strip() else None
-                reason = reason or next((f"no label in the column {c}" for c, empty in unlabelled.items() if empty[row]), None)
+                missing = next((column.removeprefix(SAID) for column, empty in unlabelled.items() if empty[row]), None)
+                reason = reason or (missing and f"no label in the column {missing}")
                 if reason is None and digest in first:
                     reason = f"duplicate of {first[digest]}"
                 if reason is not None:
@@ -131,7 +133,8 @@ def build(
     the folder has it, split, score_{oracle} of each factor, label (of ctrl.labels). UserError where no image remains, or a label or a split
     has none.
     """
-    folder, chosen = Path(folder), [f | scoring.described(f["oracle"], label) for f in label.get("factors") or [label]]
+    folder, bins_of = Path(folder), [{k: v for k, v in f.items() if k not in scoring.KEYS} for f in label.get("factors") or [label]]
+    chosen = [f | scoring.described(o["oracle"], label) for f, o in zip(bins_of, label.get("factors") or [label], strict=True)]
     functions = {f["oracle"]: scoring.scorer(f) for f in chosen if "column" not in f}
     said = [f["column"] for f in chosen if "column" in f]
 
@@ -139,7 +142,8 @@ def build(
         return np.stack([score(images) for score in functions.values()], 1) if functions else np.zeros((len(images), 0))
 
     table = read_table(folder, captions, said)
-    rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, said)
+    table = table.assign(**{SAID + column: table[column] for column in said})  # a column may have a name that `examine` gives
+    rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, [SAID + column for column in said])
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
@@ -148,7 +152,7 @@ def build(
         for k, digest in enumerate(rows["digest"]):
             split[k] = JUDGE * (int.from_bytes(digest[8:16], "big") / 2**64 < label["judge"]["share"]) + split[k]
     scores = dict(zip(functions, np.array(rows["score"].tolist(), dtype=np.float64).reshape(len(rows), -1).T, strict=True))
-    read = {f["column"]: columns.scores_of(rows[f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
+    read = {f["column"]: columns.scores_of(rows[SAID + f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
     scores, names_of = scores | {c: values for c, (values, _) in read.items()}, {c: names for c, (_, names) in read.items()}
     splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
     for s in splits:
@@ -165,10 +169,14 @@ def build(
     space = Factors.from_report({"factors": factors})
     y = measured_labels(scores, {"factors": factors})
     names, held_out = space.names, space.check(label.get("held_out") or []).tolist()
-    split[np.isin(y, held_out)] = HELD_OUT
+    of_judge = np.array([s.startswith(JUDGE) for s in split])
+    split[np.isin(y, held_out) & ~of_judge] = HELD_OUT  # a judge stands for people, who know every combination
+    check_judged(factors, scores, split)
     counts = {s: np.bincount(y[split == s], minlength=len(names)).tolist() for s in (*splits, *([HELD_OUT] if held_out else []))}
     for k, n in enumerate(counts["train"]):
         if n == 0 and k not in held_out:
+            if any("nominal" in f for f in factors):
+                raise UserError(f"label {k} ({names[k]}) has no image in the training split: add images of it")
             spans = (f"the scores span {score.min():.4g} to {score.max():.4g}" for score in scores.values())
             raise UserError(f"label {k} ({names[k]}) has no image in the training split; {', '.join(spans)}: move label.edges")
     table = table_of(rows, split, scores, y)
@@ -177,6 +185,15 @@ def build(
         described = factors[0] | {"image_size": image_size}
     report = {"num_images": len(table), **described, "counts": counts, "refused": refused}
     return table, report
+
+
+def check_judged(factors: Sequence[dict], scores: dict[str, np.ndarray], split: np.ndarray) -> None:
+    """Raises UserError where a judge would never learn one of its labels, and so never say it."""
+    for factor in (f for f in factors if "column" in f):
+        y = score_to_label(scores[factor["oracle"]][split == JUDGE + "train"], factor["edges"], factor["descending"])
+        if unseen := set(range(factor["num_classes"])) - set(y.tolist()):
+            name = factor["label_names"][min(unseen)]
+            raise UserError(f"no image of the judge has {name} in the column {factor['column']}: add some, or raise label.judge.share")
 
 
 def table_of(rows: pd.DataFrame, split: np.ndarray, scores: dict[str, np.ndarray], y: np.ndarray) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Trains a judge (see ctrl.judge), and measures how often it is right."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,4 +48,7 @@ def quality(given: Tensor, found: Tensor, factor: dict, num_bootstrap: int, seed
         name, statistic = "accuracy", metrics.accuracy
         given, found = (torch.from_numpy(score_to_label(x.numpy(), factor["edges"], factor["descending"])) for x in (given, found))
     lo, hi = metrics.bootstrap(lambda rows: statistic(given[rows], found[rows]), len(given), num_bootstrap, seed)
-    return {name: {"value": statistic(given, found), "lo": lo, "hi": hi, "n": len(given)}}
+    interval = (
+        {"lo": lo, "hi": hi} if math.isfinite(lo) and math.isfinite(hi) else {}
+    )  # few images may all have one value, where R² is none
+    return {name: {"value": statistic(given, found), **interval, "n": len(given)}}

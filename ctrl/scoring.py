@@ -45,6 +45,8 @@ def scorer(factor: Mapping | str) -> Score:
 @lru_cache(maxsize=8)
 def _scorer(factor: str) -> Score:
     factor = loads(factor)
+    if "column" in factor and "sha256" not in factor:
+        raise UserError(f"the column {factor['column']} has no judge yet: make the dataset by scripts/build_dataset.py")
     if "column" in factor:
         return judge.scorer(factor["judge"], factor["sha256"])
     if "file" in factor:

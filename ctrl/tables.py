@@ -106,14 +106,21 @@ def _shown(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
+def policy_gradient(table: pd.DataFrame) -> bool:
+    """Whether a method of the table was rewarded by the oracle itself."""
+    return table["method"].str.contains("policy_gradient").any()
+
+
 def _notes(table: pd.DataFrame) -> list[str]:
     notes = ["95 % bootstrap intervals in brackets; n images a method, all on held-out prompts and seeds."]
-    for column in (c for c in table if c.startswith("judge_") and not c.endswith(("_lo", "_hi"))):
+    for column in (c for c in table if c.startswith("judge_") and not (c.endswith(("_lo", "_hi")) and c[:-3] in table)):
         measure, oracle = column.removeprefix("judge_").split("_", 1)
-        lo, hi = (table[f"{column}{end}"].iloc[0] for end in ("_lo", "_hi"))
+        ends = [table[f"{column}{end}"].iloc[0] for end in ("_lo", "_hi") if f"{column}{end}" in table]
+        interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if len(ends) == 2 else ""
+        praise = " The policy gradient was rewarded by it, so that its own accuracy says little." if policy_gradient(table) else ""
         notes.append(
-            f"{oracle} is what people said. Of generated images a judge says it, which learned from labelled images that no method had; on "
-            f"further ones its {'R²' if measure == 'r2' else measure} is {table[column].iloc[0]:.3f} [{lo:.3f}, {hi:.3f}]."
+            f"{oracle} is what people said. Of generated images a judge says it, which learned from labelled images that no other had; on "
+            f"further ones its {'R²' if measure == 'r2' else measure} is {table[column].iloc[0]:.3f}{interval}.{praise}"
         )
     if "mae" in table:
         notes.append(

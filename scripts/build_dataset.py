@@ -41,7 +41,8 @@ def train_judges(table: pd.DataFrame, report: dict, config: dict, folder: Path, 
         digest = io.read_json(place / "config.json")["sha256"]
         factor |= {"judge": data.relative(output / "judge" / name), "sha256": digest, "judge_quality": quality}
         for measure, figure in quality.items():
-            print(f"judge of {name}: {measure} {figure['value']:.3f} [{figure['lo']:.3f}, {figure['hi']:.3f}], n = {figure['n']}")
+            interval = f" [{figure['lo']:.3f}, {figure['hi']:.3f}]" if "lo" in figure else ""
+            print(f"judge of {name}: {measure} {figure['value']:.3f}{interval}, n = {figure['n']}")
 
 
 def main() -> None:
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="classifier.batch_size")

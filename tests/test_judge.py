@@ -15,6 +15,7 @@ from ctrl import columns, data, errors, io, judge, scoring, tables
 from ctrl.bins import describe_factor
 from ctrl.config import merge, resolve
 from ctrl.errors import UserError
+from ctrl.figures import histogram
 from scripts import build_dataset
 from scripts.common import DEFAULTS, SCHEMA, read_yaml
 from tests.test_build_dataset import recorder  # noqa: F401 (a fixture)
@@ -223,3 +224,61 @@ def test_the_whole_chain(tmp_path_factory):
     assert rejection["accuracy"]["value"] == 1 and rejection["judge_accuracy_mood"] == report["judge_quality"]["accuracy"]
     adapter = json.loads((repository / "results/people/adapters/ctrl/adapter.json").read_text())
     assert adapter["label_names"] == ["dark", "light"]
+
+
+@pytest.mark.parametrize("name", ["score", "digest", "path", "prompt"])
+def test_a_column_may_have_any_name(folder, name):
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    table.assign(**{name: table["mood"]}).to_csv(folder / "metadata.csv", index=False)
+    _, report = build(folder, oracle=f"column:{name}")
+    assert report["label_names"] == ["calm", "glad", "sad"] and report["oracle"] == name
+
+
+def test_numbers_with_gaps_in_a_parquet_table(folder):
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    stage = pd.array([None if k == 5 else k % 3 for k in range(len(table))], dtype="Int64")
+    (folder / "metadata.csv").unlink()
+    for values in (stage, stage.astype("float64")):
+        table.assign(stage=values).to_parquet(folder / "metadata.parquet")
+        _, report = build(folder, oracle="column:stage")
+        assert report["label_names"] == ["0", "1", "2"] and [r["file_name"] for r in report["refused"]] == ["005.png"]
+
+
+def test_a_number_written_in_two_ways_is_one_label():
+    scores, names = columns.scores_of(pd.Series(["1", "1.0", "0.5"]), "stage", "values")
+    assert names == ["0.5", "1"] and scores.tolist() == [1, 1, 0]
+
+
+def test_a_label_that_the_judge_would_never_say(folder):
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    rows, _ = build(folder)
+    rare = rows.loc[rows["split"] == "train", "file_name"].head(3)
+    table.loc[table["file_name"].isin(rare), "mood"] = "blue"
+    table.to_csv(folder / "metadata.csv", index=False)
+    with pytest.raises(UserError, match="no image of the judge has blue in the column mood: add some, or raise label.judge.share"):
+        build(folder, num_classes=4)
+
+
+def test_the_judge_knows_combinations_that_are_held_out(folder):
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    table.assign(side=["left", "right"] * (len(table) // 2)).to_csv(folder / "metadata.csv", index=False)
+    nominal = {"edges": "values", "descending": True}
+    factors = [{"oracle": "column:mood", "num_classes": 3, **nominal}, {"oracle": "column:side", "num_classes": 2, **nominal}]
+    rows, report = build(folder, factors=factors, held_out=[[1, 0]])
+    held_out = rows[rows["label"] == 2]
+    assert report["label_names"][2] == "mood glad, side left" and len(held_out) == 40
+    assert set(held_out["split"]) == {"held_out", *(f"judge_{s}" for s in data.SPLITS)}
+    assert [factor["oracle"] for factor in report["factors"]] == ["mood", "side"]
+
+
+def test_dollars_are_no_formula(folder):
+    table = pd.read_csv(folder / "metadata.csv", dtype=str)
+    table.assign(mood=table["mood"].map({"sad": "$", "calm": "$$", "glad": "$$$"})).to_csv(folder / "metadata.csv", index=False)
+    histogram.histogram(*build(folder)).savefig("histogram.png")
+
+
+def test_a_judge_without_an_interval_has_a_note():
+    methods = pd.DataFrame([dict.fromkeys(tables.DESCRIPTION, "no") | {"method": "ctrl_policy_gradient"}])
+    figure = judge.figures([{"oracle": "joy_hi", "judge_quality": {"r2": {"value": 0.5, "n": 9}}}])
+    text = tables.to_markdown(tables.build(methods, [{"method": "ctrl_policy_gradient", "n": 5, "metrics": figure}]))
+    assert "joy_hi is what people said" in text and "its R² is 0.500. The policy gradient was rewarded by it" in text

@@ -28,14 +28,14 @@ def histogram(table: pd.DataFrame, report: dict) -> Figure:
 
 
 def _draw_histogram(axes: Axes, score: np.ndarray, label: np.ndarray, report: dict) -> None:
-    width = max(np.ptp(score) / 80, 1e-9)
+    width, names = max(np.ptp(score) / 80, 1e-9), [name.replace("$", r"\$") for name in report["label_names"]]  # no formula
     ends = list(pairwise([score.min(), *report["edges"], score.max() + width]))
     for y, (low, high) in enumerate(ends[::-1] if report["descending"] else ends):
         part = score[label == y]
         bins = np.linspace(low, high, max(round((high - low) / width), 1) + 1)
-        axes.hist(part, bins=bins, color=f"C{y % 10}", label=f"{y}: {report['label_names'][y]} (n = {len(part)})")
+        axes.hist(part, bins=bins, color=f"C{y % 10}", label=f"{y}: {names[y]} (n = {len(part)})")
     if report.get("nominal"):
-        axes.set_xticks(range(report["num_classes"]), report["label_names"])
+        axes.set_xticks(range(report["num_classes"]), names)
     for edge in [] if report.get("nominal") else report["edges"]:
         axes.axvline(edge, color="black", linestyle="--", linewidth=1)
         axes.annotate(f"{edge:.4g}", (edge, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)

@@ -91,7 +91,7 @@ rule build_dataset:
         **(GPU if JUDGED else {**CPU, "mem_mb": 4000, "runtime": 30}),
     params:
         config="results/{experiment}/config.json",
-        depends=sections("dataset", "label", *(["classifier", "seed"] if JUDGED else [])),
+        depends=sections("dataset", "label", *(["classifier", "seed", "evaluation.num_bootstrap"] if JUDGED else [])),
         images=IMAGES,
         output="results/{experiment}/dataset",
     shell:
