@@ -213,7 +213,7 @@ def test_the_whole_chain(tmp_path_factory):
     )
     (repository / "config" / "people.yaml").write_text(
         "experiment: people\ndataset: {kind: folder, path: garments}\nlabel: {oracle: 'column:mood', edges: values, num_classes: 2}\n"
-        "classifier: {network: pixels, head: softmax}\n"
+        "classifier: {network: pixels, head: softmax, num_epochs: 20}\n"
     )
     targets = [f"results/people/evaluation/{name}.json" for name in ("ctrl", "rejection")]
     done = snakemake(repository, *targets, "--cores", "2", "--configfile", "config/smoke.yaml", "config/people.yaml", timeout=900)
