@@ -64,7 +64,11 @@ CODE = {
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
-    "build_dataset": ["scripts/build_dataset.py", *lib("data columns judge_fit classifier_fit metrics pictures figures/histogram"), *CLASSIFIER],
+    "build_dataset": [
+        "scripts/build_dataset.py",
+        *lib("data columns judge_fit classifier_fit metrics pictures figures/histogram"),
+        *CLASSIFIER,
+    ],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data columns pictures")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
