@@ -58,17 +58,13 @@ CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES
 GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))
 CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
-EVALUATION = [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
+DATA, EVALUATION = lib("data columns pictures"), [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files features clip")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
-    "build_dataset": [
-        "scripts/build_dataset.py",
-        *lib("data columns judge_fit classifier_fit metrics pictures figures/histogram"),
-        *CLASSIFIER,
-    ],
+    "build_dataset": ["scripts/build_dataset.py", *DATA, *lib("judge_fit classifier_fit metrics figures/histogram"), *CLASSIFIER],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data columns pictures")],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
