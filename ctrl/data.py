@@ -147,18 +147,11 @@ def build(
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
-    split = np.array([choose_split(digest, shares) for digest in rows["digest"]], dtype=object)
-    if said:
-        for k, digest in enumerate(rows["digest"]):
-            split[k] = JUDGE * (int.from_bytes(digest[8:16], "big") / 2**64 < label["judge"]["share"]) + split[k]
+    split = draw_splits(rows["digest"], shares, label["judge"]["share"] if said else 0.0, folder)
+    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
     scores = dict(zip(functions, np.array(rows["score"].tolist(), dtype=np.float64).reshape(len(rows), -1).T, strict=True))
     read = {f["column"]: columns.scores_of(rows[SAID + f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
     scores, names_of = scores | {c: values for c, (values, _) in read.items()}, {c: names for c, (_, names) in read.items()}
-    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
-    for s in splits:
-        if not (split == s).any():
-            share = f"dataset.splits.{s.removeprefix(JUDGE)}" + (" or label.judge.share" if s.startswith(JUDGE) else "")
-            raise UserError(f"{folder}: the split {s} of its {len(rows)} images is empty; add images or raise {share}")
     if label.get("kind") == "continuous":
         label = chosen[0]
         described = describe_continuous(label, scores[label["oracle"]][split == "train"]) | {"image_size": image_size}
@@ -185,6 +178,20 @@ def build(
         described = factors[0] | {"image_size": image_size}
     report = {"num_images": len(table), **described, "counts": counts, "refused": refused}
     return table, report
+
+
+def draw_splits(digests: Sequence[bytes], shares: dict[str, float], judge_share: float, folder: Path) -> np.ndarray:
+    """The split of each image, (N,); UserError where one of them has no image.
+
+    The judge's images are drawn by further bytes of the digest: its share moves no image from one of SPLITS to another.
+    """
+    judged = [int.from_bytes(digest[8:16], "big") / 2**64 < judge_share for digest in digests]
+    split = np.array([JUDGE * of + choose_split(digest, shares) for of, digest in zip(judged, digests, strict=True)], dtype=object)
+    for s in (*SPLITS, *([JUDGE + s for s in SPLITS] if judge_share else [])):
+        if not (split == s).any():
+            share = f"dataset.splits.{s.removeprefix(JUDGE)}" + (" or label.judge.share" if s.startswith(JUDGE) else "")
+            raise UserError(f"{folder}: the split {s} of its {len(split)} images is empty; add images or raise {share}")
+    return split
 
 
 def check_judged(factors: Sequence[dict], scores: dict[str, np.ndarray], split: np.ndarray) -> None:

@@ -274,7 +274,10 @@ def test_the_judge_knows_combinations_that_are_held_out(folder):
 def test_dollars_are_no_formula(folder):
     table = pd.read_csv(folder / "metadata.csv", dtype=str)
     table.assign(mood=table["mood"].map({"sad": "$", "calm": "$$", "glad": "$$$"})).to_csv(folder / "metadata.csv", index=False)
-    histogram.histogram(*build(folder)).savefig("histogram.png")
+    figure = histogram.histogram(*build(folder))
+    figure.savefig("histogram.png")
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.split(" (")[0] for text in legend] == [r"0: \$", r"1: \$\$", r"2: \$\$\$"], "an escaped dollar is drawn as one"
 
 
 def test_a_judge_without_an_interval_has_a_note():

@@ -66,7 +66,7 @@ CODE = {
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
     "build_dataset": ["scripts/build_dataset.py", *DATA, *lib("judge_fit classifier_fit metrics figures/histogram"), *CLASSIFIER],
     "train_classifier": ["scripts/train_classifier.py", *CLASSIFIER, *lib("classifier_fit classifier_quality coverage pictures metrics")],
-    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *lib("noisy data columns pictures")],
+    "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *DATA, "ctrl/noisy.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
     "sample": [*lib("sample guided adapter_figures", "scripts"), *CORE, *lib("image_folder finetune/objective")],
     "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
@@ -77,7 +77,7 @@ CODE = {
     "plot_figures": [*lib("plot_figures cells", "scripts"), *PICTURES, *ORACLES, *lib("evaluation labels pairs pictures targets")],
     "compare_strengths": ["scripts/compare_strengths.py", *lib("strength figures/style figures/strength oracles")],
     "compare_trainers": ["scripts/compare_trainers.py", *lib("trainers costs tables figures/trainers figures/style oracles")],
-    "subset_dataset": ["scripts/subset_dataset.py", *lib("subset data columns bins pictures")],
+    "subset_dataset": ["scripts/subset_dataset.py", *DATA, *lib("subset bins")],
     "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
