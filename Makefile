@@ -75,7 +75,7 @@ ui: $(VENV)/.installed
 
 test: $(VENV)/.installed $(PLAY)/.installed
 	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
-	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.installed
 	ruff check .

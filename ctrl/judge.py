@@ -30,7 +30,10 @@ def scores_of(judge: classifiers.Classifier, images: Tensor, batch_size: int = 2
 
 def scorer(folder: str, sha256: str) -> Callable[[Sequence[Image.Image]], np.ndarray]:
     """The function from pictures to scores (N,) of the judge in `folder`; UserError where it is not the one with that `sha256`."""
-    judge = classifiers.load(Path(folder))
+    try:
+        judge = classifiers.load(Path(folder))
+    except UserError as error:
+        raise UserError(f"the judge cannot be loaded: {error}; `snakemake --forcerun build_dataset` makes it again") from error
     if read_json(Path(folder) / "config.json")["sha256"] != sha256:
         raise UserError(f"{folder} has changed since the results that name it were made: make them again")
     judge = judge.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,8 +45,3 @@ def scorer(folder: str, sha256: str) -> Callable[[Sequence[Image.Image]], np.nda
         return scores_of(judge, torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
 
     return score
-
-
-def figures(factors: Sequence[dict]) -> dict[str, dict]:
-    """For the table: judge_accuracy_{oracle}, or judge_r2_{oracle}, of each factor that a judge measures."""
-    return {f"judge_{name}_{f['oracle']}": figure for f in factors for name, figure in f.get("judge_quality", {}).items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctrl import judged
 from ctrl.errors import UserError
 
 DESCRIPTION = ("method", "family", "fine_tunes", "learns_xt_to_y", "uses_conditional_independence")
@@ -113,15 +114,10 @@ def policy_gradient(table: pd.DataFrame) -> bool:
 
 def _notes(table: pd.DataFrame) -> list[str]:
     notes = ["95 % bootstrap intervals in brackets; n images a method, all on held-out prompts and seeds."]
-    for column in (c for c in table if c.startswith("judge_") and not (c.endswith(("_lo", "_hi")) and c[:-3] in table)):
-        measure, oracle = column.removeprefix("judge_").split("_", 1)
-        ends = [table[f"{column}{end}"].iloc[0] for end in ("_lo", "_hi") if f"{column}{end}" in table]
-        interval = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if len(ends) == 2 else ""
-        praise = " The policy gradient was rewarded by it, so that its own accuracy says little." if policy_gradient(table) else ""
-        notes.append(
-            f"{oracle} is what people said. Of generated images a judge says it, which learned from labelled images that no other had; on "
-            f"further ones its {'R²' if measure == 'r2' else measure} is {table[column].iloc[0]:.3f}{interval}.{praise}"
-        )
+    praise = " The policy gradient was rewarded by it, so that its own accuracy says little." if policy_gradient(table) else ""
+    for column in (c for c in table if c.startswith(judged.PREFIX) and not (c.endswith(("_lo", "_hi")) and c[:-3] in table)):
+        ends = {end: table[f"{column}_{end}"].iloc[0] for end in ("lo", "hi") if f"{column}_{end}" in table}
+        notes += [sentence + praise for sentence in judged.words({column: {"value": table[column].iloc[0], **ends}})]
     if "mae" in table:
         notes.append(
             "MAE and RMSE of what was reached against what was asked for, in the label's unit; R² is 1 − MSE / the variance "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ctrl import errors, evaluation, features, judge
+from ctrl import errors, evaluation, features, judged
 from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of
 from ctrl.tracking import run
@@ -39,7 +39,7 @@ def main() -> None:
     network = features.load(config["evaluation"]["features"])
     with run(config, config["experiment"], f"evaluate {args.method}", {"method": args.method}, config["mlflow"]["tracking_uri"]) as log:
         result = evaluation.evaluate(samples, reference, network, report, config["evaluation"], config["seed"])
-        result["metrics"] |= evaluation.further_figures(samples, config["evaluation"], config["seed"]) | judge.figures(factors)
+        result["metrics"] |= evaluation.further_figures(samples, config["evaluation"], config["seed"]) | judged.figures(factors)
         result = {"method": args.method, "settings": settings, "label_names": report["label_names"]} | result
         write_json(args.output, result)
         if args.output_metrics:

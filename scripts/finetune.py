@@ -13,7 +13,7 @@ from PIL import Image
 from torch import distributed
 
 from ctrl import control as controls
-from ctrl import errors
+from ctrl import errors, judged
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.base import Base
 from ctrl.config import for_adapter, needs_classifier
@@ -24,7 +24,7 @@ from ctrl.finetune.probe import probe_function
 from ctrl.finetune.recipe import train
 from ctrl.finetune.task import Task
 from ctrl.io import alone, read_json
-from ctrl.labels import Continuous, space_of
+from ctrl.labels import Continuous, factors_of, space_of
 from ctrl.tracking import run
 from scripts.cells import load_training_cells
 from scripts.common import add_config_argument, contents, digest, load_config
@@ -78,7 +78,8 @@ def main() -> None:
     main_process = join_processes()
     base, process = load_base(config, args.num_threads)
     cells = load_training_cells(args.cells, settings["ask_held_out"])
-    space = space_of(read_json(args.dataset / "report.json"))
+    report = read_json(args.dataset / "report.json")
+    space = space_of(report)
     asked = [(subject, limits[1]) for subject, limits in cells] if isinstance(space, Continuous) else cells
     check_labels(args, space, cells)
     control = new_control(base, process, space, config)
@@ -114,6 +115,8 @@ def main() -> None:
             distributed.destroy_process_group()
         check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
         figures = figures_of(args.name, settings, amounts_to, history, base)
+        if judges := judged.figures(factors_of(report)):
+            figures["judges"] = judges
         described = controls.describe(
             control, config["base"]["path"], sampler | {"timesteps": process.timesteps.tolist()}, space.names, figures
         )

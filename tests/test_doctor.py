@@ -241,7 +241,7 @@ def test_everything_is_measured_on_the_embedded_base(tmp_path, real, trained):
     )
     arguments = [text for name in ("classifier", "cells.json", "dataset") for text in (f"--{name.split('.')[0]}", tmp_path / name)]
     command = [sys.executable, "scripts/doctor.py", "--config", tmp_path / "config.json", *arguments, "--json", tmp_path / "report.json"]
-    command += ["--num-threads", "1"]  # two of them wait for each other where other tests run beside
+    command += ["--num-images", "100", "--num-threads", "1"]  # two of them wait for each other where other tests run beside
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = io.read_json(tmp_path / "report.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.repository import ROOT, snakemake
+from tests.warm_python import environment_of_jobs
 
 pytestmark = pytest.mark.slow
 SMOKE = ("--configfile", "config/smoke.yaml")
@@ -24,6 +25,7 @@ def call(folder: Path, *command: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "SNAKEMAKE", "DVC", "GIT"))} | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
+        **environment_of_jobs(),
         "GIT_CONFIG_GLOBAL": os.devnull,
         **{f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
     }

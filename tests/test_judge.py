@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ctrl import classifier as classifiers
-from ctrl import columns, data, errors, io, judge, scoring, tables
+from ctrl import columns, data, errors, io, judge, judged, play, scoring, tables
 from ctrl.bins import describe_factor
 from ctrl.config import merge, resolve
 from ctrl.errors import UserError
@@ -19,6 +19,7 @@ from ctrl.figures import histogram
 from scripts import build_dataset
 from scripts.common import DEFAULTS, SCHEMA, read_yaml
 from tests.test_build_dataset import recorder  # noqa: F401 (a fixture)
+from tests.test_own_network import NETWORK
 
 SHARES = {"train": 0.6, "val": 0.2, "calibration": 0.2}
 LABEL = {"oracle": "column:mood", "edges": "values", "num_classes": 3, "descending": True, "judge": {"share": 0.4, "network": "pixels"}}
@@ -158,6 +159,36 @@ def test_a_column_of_numbers_has_bins(folder, monkeypatch):
     assert abs(scoring.scorer(report)([Image.fromarray(np.full((16, 16, 3), 120, dtype=np.uint8))])[0] - 0.5) < 0.2
 
 
+def test_the_play_page_reads_an_image_by_the_judge(folder, monkeypatch):
+    call(monkeypatch, LABEL, {"network": "pixels", "head": "softmax"})
+    report = io.read_json(Path("out/dataset/report.json"))
+    for level, name in zip((45, 195), ("sad", "glad"), strict=True):
+        asked = report["label_names"].index(name)
+        (reading,) = play.read(Image.fromarray(np.full((16, 16, 3), level, dtype=np.uint8)), report, [asked])
+        assert reading.verdict == name and reading.met
+
+
+def test_a_network_of_the_users_own_judges_until_its_file_changes(folder, monkeypatch, capsys):
+    Path("mine.py").write_text(NETWORK)
+    own_network = {**LABEL, "judge": {"share": 0.4, "network": "mine.py"}}
+    call(monkeypatch, own_network, {"network": "pixels", "head": "softmax", "learning_rate": 0.1, "num_epochs": 40})
+    report = io.read_json(Path("out/dataset/report.json"))
+    assert report["judge_quality"]["accuracy"]["value"] > 0.9
+    gray = [Image.fromarray(np.full((16, 16, 3), 45, dtype=np.uint8))]
+    assert report["label_names"][int(scoring.scorer(report)(gray)[0])] == "sad"
+    Path("mine.py").write_text(NETWORK + "# changed")
+    with pytest.raises(UserError, match=r"judge cannot be loaded: mine.py has changed"):
+        judge.scorer(report["judge"], report["sha256"])
+
+
+def test_a_judge_that_is_gone_names_what_makes_it_again(folder, monkeypatch):
+    call(monkeypatch, LABEL, {"network": "pixels", "head": "softmax"})
+    report = io.read_json(Path("out/dataset/report.json"))
+    (Path(report["judge"]) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors.*`snakemake --forcerun build_dataset` makes it again"):
+        judge.scorer(report["judge"], report["sha256"])
+
+
 def test_a_column_of_numbers_is_a_number(folder, monkeypatch):
     number = {"kind": "continuous", "oracle": "column:joy", "judge": LABEL["judge"]}
     call(monkeypatch, number, {"network": "pixels", "head": "gaussian"})
@@ -166,7 +197,7 @@ def test_a_column_of_numbers_is_a_number(folder, monkeypatch):
 
 
 def test_the_table_says_how_far_to_trust_it():
-    figures = judge.figures([{"oracle": "mood", "judge_quality": {"accuracy": {"value": 0.9, "lo": 0.8, "hi": 0.95, "n": 60}}}, {}])
+    figures = judged.figures([{"oracle": "mood", "judge_quality": {"accuracy": {"value": 0.9, "lo": 0.8, "hi": 0.95, "n": 60}}}, {}])
     assert list(figures) == ["judge_accuracy_mood"]
     methods = pd.DataFrame([dict.fromkeys(tables.DESCRIPTION, "no") | {"method": "ctrl"}])
     table = tables.build(methods, [{"method": "ctrl", "n": 5, "metrics": {"accuracy": {"value": 1.0}} | figures}])
@@ -212,7 +243,8 @@ def test_the_whole_chain(tmp_path_factory):
         repository / "garments" / "metadata.csv", index=False
     )
     (repository / "config" / "people.yaml").write_text(
-        "experiment: people\ndataset: {kind: folder, path: garments}\nlabel: {oracle: 'column:mood', edges: values, num_classes: 2}\n"
+        "experiment: people\ndataset: {kind: folder, path: garments}\n"
+        "label: {oracle: 'column:mood', edges: values, num_classes: 2, judge: {network: pixels}}\n"
         "classifier: {network: pixels, head: softmax, num_epochs: 20}\n"
     )
     targets = [f"results/people/evaluation/{name}.json" for name in ("ctrl", "rejection")]
@@ -223,7 +255,8 @@ def test_the_whole_chain(tmp_path_factory):
     rejection = json.loads((repository / targets[1]).read_text())["metrics"]
     assert rejection["accuracy"]["value"] == 1 and rejection["judge_accuracy_mood"] == report["judge_quality"]["accuracy"]
     adapter = json.loads((repository / "results/people/adapters/ctrl/adapter.json").read_text())
-    assert adapter["label_names"] == ["dark", "light"]
+    assert adapter["label_names"] == ["dark", "light"] and adapter["judges"] == {"judge_accuracy_mood": rejection["judge_accuracy_mood"]}
+    assert judged.words(adapter["judges"])[0] in (repository / "results/people/adapters/ctrl/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["score", "digest", "path", "prompt"])
@@ -282,6 +315,6 @@ def test_dollars_are_no_formula(folder):
 
 def test_a_judge_without_an_interval_has_a_note():
     methods = pd.DataFrame([dict.fromkeys(tables.DESCRIPTION, "no") | {"method": "ctrl_policy_gradient"}])
-    figure = judge.figures([{"oracle": "joy_hi", "judge_quality": {"r2": {"value": 0.5, "n": 9}}}])
+    figure = judged.figures([{"oracle": "joy_hi", "judge_quality": {"r2": {"value": 0.5, "n": 9}}}])
     text = tables.to_markdown(tables.build(methods, [{"method": "ctrl_policy_gradient", "n": 5, "metrics": figure}]))
     assert "joy_hi is what people said" in text and "its R² is 0.500. The policy gradient was rewarded by it" in text

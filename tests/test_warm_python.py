@@ -11,11 +11,14 @@ from tests.warm_python import environment_of_jobs
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
-import os, sys, time
+import os, subprocess, sys, time
 print(sys.argv[1:], os.environ["WORD"], "torch" in sys.modules, __name__)
 if sys.argv[1] == "sleep":
     open("pid", "w").write(str(os.getpid()))
     time.sleep(60)
+if sys.argv[1] == "another":
+    code = "import sys; print(sys.argv, 'torch' in sys.modules, __name__, flush=True); sys.exit(3)"
+    print(subprocess.run([sys.executable, "-c", code, "word"]).returncode)
 sys.exit({"seven": 7, "text": "a reason", "none": None}.get(sys.argv[1], 0) if sys.argv[1] != "raise" else 1 / 0)
 """
 
@@ -36,6 +39,11 @@ def test_exit_codes_streams_and_environment(shell, word, code):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == code and f"['{word}'] hello True __main__\n" in said
     assert ("a reason" in said.splitlines()) == (word == "text") and ("ZeroDivisionError" in said) == (word == "raise")
+
+
+def test_a_python_that_a_job_starts_is_a_fork_of_the_same(shell):
+    said, _ = shell("another").communicate(timeout=60)
+    assert "['-c', 'word'] True __main__" in said and said.splitlines()[-1] == "3"
 
 
 def test_a_client_that_is_killed_takes_its_fork_with_it_and_not_the_server(shell, tmp_path):

@@ -84,7 +84,10 @@ def environment_of_jobs() -> dict[str, str]:
     client, python = client_of_server(), shlex.quote(sys.executable)
     shell = client.with_name("shell")
     shell.write_text(f'python() {{ case "$1" in scripts/*.py) {python} -SEs {client} "$@" ;; *) {python} "$@" ;; esac; }}\n')
-    return {"BASH_ENV": str(shell)}
+    executable = client.with_name("python")  # what a fork takes for its own Python: whose `-c CODE` is a fork too
+    executable.write_text(f'#!/bin/sh\ncase "$1" in -c) exec {python} -SEs {client} "$@" ;; *) exec {python} "$@" ;; esac\n')
+    executable.chmod(0o700)
+    return {"BASH_ENV": str(shell), "WARM_PYTHON": str(executable)}
 
 
 def command(script: Path | str, *arguments: str) -> list[str]:
@@ -102,11 +105,14 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], streams:
     multiprocessing.process.ORIGINAL_DIR = folder
     os.environ.clear()
     os.environ.update(environment)
+    sys.executable = environment.get("WARM_PYTHON", sys.executable)
     script, *sys.argv[1:] = arguments
     sys.argv[0] = script
-    sys.path[:] = [str(Path(script).parent.resolve()), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
+    source = sys.argv.pop(1) if script == "-c" else ""
+    first = "" if source else str(Path(script).parent.resolve())
+    sys.path[:] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
     try:
-        runpy.run_path(script, run_name="__main__")
+        exec(source, {"__name__": "__main__"}) if source else runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
