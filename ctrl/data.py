@@ -133,35 +133,56 @@ def build(
     the folder has it, split, score_{oracle} of each factor, label (of ctrl.labels). UserError where no image remains, or a label or a split
     has none.
     """
-    folder, bins_of = Path(folder), [{k: v for k, v in f.items() if k not in scoring.KEYS} for f in label.get("factors") or [label]]
-    chosen = [f | scoring.described(o["oracle"], label) for f, o in zip(bins_of, label.get("factors") or [label], strict=True)]
-    functions = {f["oracle"]: scoring.scorer(f) for f in chosen if "column" not in f}
-    said = [f["column"] for f in chosen if "column" in f]
+    folder, factors = Path(folder), label.get("factors") or [label]
+    factors = [{k: v for k, v in f.items() if k not in scoring.KEYS} | scoring.described(f["oracle"], label) for f in factors]
+    said = [f["column"] for f in factors if "column" in f]
+    table = read_table(folder, captions, said)
+    rows, scores, names_of, refused = score_images(folder, table, factors, image_size, captions, crop, store, limit)
+    split = draw_splits(rows["digest"], shares, label["judge"]["share"] if said else 0.0, folder)
+    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
+    if label.get("kind") == "continuous":
+        y = scores[factors[0]["oracle"]]
+        described, counts = describe_continuous(factors[0], y[split == "train"]), {s: int((split == s).sum()) for s in splits}
+    else:
+        factors = [describe_factor(f, scores[f["oracle"]], split == "train", names_of.get(f["oracle"])) for f in factors]
+        y, described, counts = labelled(factors, scores, split, label.get("held_out") or [], splits)
+    report = {"num_images": len(rows), **described, "image_size": image_size, "counts": counts, "refused": refused}
+    return table_of(rows, split, scores, y), report
+
+
+def score_images(
+    folder: Path, table: pd.DataFrame, factors: list[dict], image_size: int, captions: bool, crop: bool,
+    store: Callable[[str, Image.Image], Path] | None, limit: int | None,
+) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, list[str]], list[dict]]:  # fmt: skip
+    """The rows that `examine` keeps, the scores (N,) of each factor by its oracle, the names of a column's values, and what is refused.
+
+    UserError where no image remains.
+    """
+    functions = {f["oracle"]: scoring.scorer(f) for f in factors if "column" not in f}
+    said = {f["column"]: f["edges"] for f in factors if "column" in f}
 
     def measured(images: list[Image.Image]) -> np.ndarray:
         return np.stack([score(images) for score in functions.values()], 1) if functions else np.zeros((len(images), 0))
 
-    table = read_table(folder, captions, said)
     table = table.assign(**{SAID + column: table[column] for column in said})  # a column may have a name that `examine` gives
     rows, refused = examine(folder, table, image_size, measured, captions, crop, store, limit, [SAID + column for column in said])
     if rows.empty:
         examples = "; ".join(f"{r['file_name']}: {r['reason']}" for r in refused[:3])
         raise UserError(f"all {len(refused)} images of {folder} are refused ({examples or 'its table is empty'}): nothing to learn from")
-    split = draw_splits(rows["digest"], shares, label["judge"]["share"] if said else 0.0, folder)
-    splits = (*SPLITS, *([JUDGE + s for s in SPLITS] if said else []))
     scores = dict(zip(functions, np.array(rows["score"].tolist(), dtype=np.float64).reshape(len(rows), -1).T, strict=True))
-    read = {f["column"]: columns.scores_of(rows[SAID + f["column"]], f["column"], f["edges"]) for f in chosen if "column" in f}
-    scores, names_of = scores | {c: values for c, (values, _) in read.items()}, {c: names for c, (_, names) in read.items()}
-    if label.get("kind") == "continuous":
-        label = chosen[0]
-        described = describe_continuous(label, scores[label["oracle"]][split == "train"]) | {"image_size": image_size}
-        counts = {s: int((split == s).sum()) for s in splits}
-        report = {"num_images": len(rows), **described, "counts": counts, "refused": refused}
-        return table_of(rows, split, scores, scores[label["oracle"]]), report
-    factors = [describe_factor(f, scores[f["oracle"]], split == "train", names_of.get(f["oracle"])) for f in chosen]
-    space = Factors.from_report({"factors": factors})
-    y = measured_labels(scores, {"factors": factors})
-    names, held_out = space.names, space.check(label.get("held_out") or []).tolist()
+    read = {column: columns.scores_of(rows[SAID + column], column, edges) for column, edges in said.items()}
+    return rows, scores | {c: values for c, (values, _) in read.items()}, {c: names for c, (_, names) in read.items()}, refused
+
+
+def labelled(
+    factors: list[dict], scores: dict[str, np.ndarray], split: np.ndarray, held_out: list, splits: Sequence[str]
+) -> tuple[np.ndarray, dict, dict]:
+    """The classes (N,) of scores, what the report says of them, and their numbers in each of `splits`; for held_out see `build`.
+
+    Sets `split` (N,) of what is held out. UserError where a label has no image to learn from.
+    """
+    space, y = Factors.from_report({"factors": factors}), measured_labels(scores, {"factors": factors})
+    names, held_out = space.names, space.check(held_out).tolist()
     of_judge = np.array([s.startswith(JUDGE) for s in split])
     split[np.isin(y, held_out) & ~of_judge] = HELD_OUT  # a judge stands for people, who know every combination
     check_judged(factors, scores, split)
@@ -172,12 +193,9 @@ def build(
                 raise UserError(f"label {k} ({names[k]}) has no image in the training split: add images of it")
             spans = (f"the scores span {score.min():.4g} to {score.max():.4g}" for score in scores.values())
             raise UserError(f"label {k} ({names[k]}) has no image in the training split; {', '.join(spans)}: move label.edges")
-    table = table_of(rows, split, scores, y)
-    described = {"image_size": image_size, "num_classes": len(names), "label_names": list(names), "held_out": held_out, "factors": factors}
     if len(factors) == 1:
-        described = factors[0] | {"image_size": image_size}
-    report = {"num_images": len(table), **described, "counts": counts, "refused": refused}
-    return table, report
+        return y, factors[0], counts
+    return y, {"num_classes": len(names), "label_names": list(names), "held_out": held_out, "factors": factors}, counts
 
 
 def draw_splits(digests: Sequence[bytes], shares: dict[str, float], judge_share: float, folder: Path) -> np.ndarray:
