@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ctrl.base import Base
-from ctrl.classifier import Classifier, Product
+from ctrl.classifier import Classifier, Density, Product
 from ctrl.config import for_adapter, merge
 from ctrl.contradictions import check_across
 from ctrl.errors import UserError
 from ctrl.gradients import MAX_ERROR, summary
-from ctrl.labels import Factors
+from ctrl.labels import Continuous, Factors
 
 DEAD = 1e-6  # nats per unit of latent: a gradient below this moves nothing
 DROP = 0.1  # of accuracy, from held-out to generated images
@@ -29,7 +29,7 @@ class Finding:
     text: str
 
 
-def check_pieces(base: Base, classifier: Classifier | Product, space: Factors, cells: Sequence[tuple[str, int]]) -> list[Finding]:
+def check_pieces(base: Base, classifier: Classifier | Product, space: Factors | Continuous, cells: Sequence[tuple]) -> list[Finding]:
     """A line for each piece that is broken in itself, or does not fit the dataset's labels."""
     findings = []
     for name, module in {"classifier": classifier, "base's UNet": base.unet, "base's VAE": base.pipe.vae}.items():
@@ -38,11 +38,27 @@ def check_pieces(base: Base, classifier: Classifier | Product, space: Factors, c
             findings.append(f"{name}: {len(broken)} of its weights are not finite ({broken[0]}): load or train it again")
     if base.unet.class_embedding is not None:
         findings.append("base: its UNet has a class embedding already; CTRL needs that slot for the new label: take another base")
-    if classifier.num_classes != space.num_classes:
+    return [Finding(True, text) for text in findings + check_labels(classifier, space, cells)]
+
+
+def check_labels(classifier: Classifier | Product, space: Factors | Continuous, cells: Sequence[tuple]) -> list[str]:
+    """A line for each of classifier and cells that speaks of other labels than the dataset."""
+    findings, kinds = [], {True: "a number", False: "of classes"}
+    continuous, density = isinstance(space, Continuous), isinstance(classifier, Density)
+    ranges = all(isinstance(y, tuple) for _, y in cells)
+    if density != continuous:
+        findings.append(f"classifier: its label is {kinds[density]}, the dataset's is {kinds[continuous]}: train it again")
+    elif not continuous and classifier.num_classes != space.num_classes:
         findings.append(f"classifier: it has {classifier.num_classes} labels, the dataset has {space.num_classes}: train it again")
-    if wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
+    if ranges != continuous:
+        findings.append(f"cells: their label is {kinds[ranges]}, the dataset's is {kinds[continuous]}: estimate them again")
+    elif continuous:
+        low, high = space.limits
+        if wrong := [y for _, limits in cells for y in limits if not low <= y <= high]:
+            findings.append(f"cells: they ask for {wrong[0]:g}, but the dataset has {low:.4g} to {high:.4g}: estimate them again")
+    elif wrong := [y for _, y in cells if not 0 <= y < space.num_codes]:
         findings.append(f"cells: they ask for label {wrong[0]}, but the dataset has 0 to {space.num_codes - 1}: estimate them again")
-    return [Finding(True, text) for text in findings]
+    return findings
 
 
 def recipes(config: dict, examples: bool) -> dict[str, dict]:
@@ -69,8 +85,13 @@ def recipes(config: dict, examples: bool) -> dict[str, dict]:
     return found
 
 
+def titles(labels: Tensor, space: Factors) -> dict[int, str]:
+    """What each of the codes in `labels` is, in words."""
+    return {y: f"{y} ({space.name(y)})" for y in labels.unique().tolist()}
+
+
 def gradient_report(found: Mapping[str, Tensor], labels: Tensor, names: Mapping[int, str], timesteps: Sequence[int]) -> dict:
-    """The norms of `gradient_norms` by label, (B,): a summary of each step; `names` are those of the codes in `labels`."""
+    """The norms of `gradient_norms` by label, (B,): a summary of each step; `names` say what each of `labels` is."""
     rows = {
         str(y): {"name": names[y], "n": int((labels == y).sum())}
         | {key: [summary(row[labels == y]) for row in found[key]] for key in ("x_0", "look_ahead", "adjoint")}
@@ -98,7 +119,7 @@ def gradient_findings(found: Mapping[str, Tensor], labels: Tensor, names: Mappin
     findings = []
     for (trouble, at), ys in troubles.items():
         shown = "all steps" if len(at) == everywhere else ", ".join(at)
-        which = ", ".join(f"{y} ({names[y]})" for y in ys)
+        which = ", ".join(names[y] for y in ys)
         remedy = (
             "check its weights and base.dtype"
             if "finite" in trouble

@@ -9,7 +9,8 @@ def text_of(report: Mapping) -> str:
     """Everything in `report` that was measured, and at the end a line for each finding."""
     parts = []
     if "gradients" in report:
-        parts += [gradients(report["gradients"]), differences(report["finite_differences"]), accuracy(report["accuracy"])]
+        parts += [gradients(report["gradients"]), differences(report["finite_differences"])]
+        parts += [accuracy(report["accuracy"]) if "accuracy" in report else errors(report["errors"])]
         parts += [trainers(report["trainers"], report["free_memory_mb"])] if report["trainers"] else []
         parts += ["Suggested settings, to be laid over the config:\n\n" + report["suggestion"].rstrip()] if report["suggestion"] else []
     lines = [f"{'bad' if f['bad'] else 'warning'}: {f['text']}" for f in report["findings"]]
@@ -26,8 +27,8 @@ def gradients(found: Mapping) -> str:
         f"Norm of the gradient of log p(y | x), in nats per unit of latent: mean [5 %, 95 %] of {found['n']} pretrained trajectories.",
         "Look-ahead: by x_t through the denoised estimate; carried back: that by x_0 through the sampler's steps.",
     ]
-    for y, row in found["labels"].items():
-        lines.append(f"\nlabel {y}, {row['name']} (n = {row['n']})\n  {'x_0':>8}  {points(row['x_0'][0])}")
+    for row in found["labels"].values():
+        lines.append(f"\nlabel {row['name']} (n = {row['n']})\n  {'x_0':>8}  {points(row['x_0'][0])}")
         lines.append(f"  {'t':>8}  {'look-ahead':28}{'carried back'}")
         for t, ahead, adjoint in zip(found["timesteps"], row["look_ahead"], row["adjoint"], strict=True):
             lines.append(f"  {t:>8}  {points(ahead):28}{points(adjoint)}")
@@ -52,6 +53,16 @@ def accuracy(found: Mapping) -> str:
         lines.append(
             f"  {name.replace('_', '-')} images (n = {row['n']}): {row['accuracy']:.3f}; always the commonest label: "
             f"{row['commonest']['share']:.3f}; recall by label {recall}"
+        )
+    return "\n".join(lines)
+
+
+def errors(found: Mapping) -> str:
+    lines = ["The classifier's density against the oracle's scores:"]
+    for name, row in found.items():
+        lines.append(
+            f"  {name.replace('_', '-')} images (n = {row['n']}): RMSE {row['rmse']:.3g}, their spread {row['spread']:.3g}, "
+            f"R² {row['r2']:.3f}; its 80 % intervals hold {row['coverage_80']:.3f}"
         )
     return "\n".join(lines)
 

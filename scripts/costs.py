@@ -8,7 +8,7 @@ from ctrl.config import merge
 from ctrl.doctor import Finding
 from ctrl.finetune.task import Task
 from ctrl.io import read_json
-from ctrl.labels import Factors
+from ctrl.labels import space_of
 from scripts.cells import load_training_cells
 from scripts.loading import load_base, new_control, reward_of_latents
 
@@ -16,10 +16,8 @@ from scripts.loading import load_base, new_control, reward_of_latents
 def trainer_cost(config: dict, args: argparse.Namespace) -> dict:
     """What an update costs; called in a process of its own."""
     base, process = load_base(config, args.num_threads)
-    cells, space = (
-        load_training_cells(args.cells, config["finetune"]["ask_held_out"]),
-        Factors.from_report(read_json(args.dataset / "report.json")),
-    )
+    cells = load_training_cells(args.cells, config["finetune"]["ask_held_out"])
+    space = space_of(read_json(args.dataset / "report.json"))
     classifier = classifiers.load(args.classifier).to(base.device)
     log_prob = reward_of_latents(base, config["finetune"]["trainer"], classifier, args.dataset, space)
     control, templates = new_control(base, process, space, config), config["prompts"]["templates"]["train"]

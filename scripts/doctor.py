@@ -11,20 +11,18 @@ import torch
 import yaml
 
 from ctrl import classifier as classifiers
-from ctrl import doctor, errors, measure, pairs, suggestion
+from ctrl import doctor, doctor_numbers, errors, measure, suggestion
 from ctrl.config import merge, resolve
 from ctrl.doctor import Finding
 from ctrl.doctor_report import text_of
-from ctrl.generate import denoised, generate
 from ctrl.gradients import finite_differences, pretrained_gradients
-from ctrl.io import read_json, read_parquet, write_json
-from ctrl.labels import Factors
-from ctrl.networks import to_float
-from ctrl.pictures import load_images
+from ctrl.io import read_json, write_json
+from ctrl.labels import Continuous, space_of
 from scripts.cells import load_training_cells
 from scripts.common import SCHEMA, add_config_argument, load_config
 from scripts.costs import trainer_costs
-from scripts.loading import load_base, load_oracle, log_prob_of_latents, pretrained_denoiser
+from scripts.doctor_images import examine, load_held_out
+from scripts.loading import load_base, log_prob_of_latents
 
 
 def parse() -> argparse.Namespace:
@@ -41,20 +39,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_held_out(dataset: Path, num: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """`num` images of the validation split in [-1, 1], their labels, and whether there are examples to train on."""
-    table = read_parquet(dataset / "metadata.parquet")
-    held_out = table[table["split"] == "val"].head(num)
-    return to_float(load_images(held_out["path"])), torch.tensor(held_out["label"].tolist()), bool((table["split"] == "train").any())
-
-
 def load_pieces(config: dict, args: argparse.Namespace) -> tuple[dict, list[Finding]]:
     """Everything that was given, and a line for each piece that cannot be loaded or is broken in itself."""
     loaders = {
         "base": lambda: load_base(config, args.num_threads),
         "classifier": lambda: classifiers.load(args.classifier),
         "cells": lambda: load_training_cells(args.cells),
-        "labels": lambda: Factors.from_report(read_json(args.dataset / "report.json")),
+        "labels": lambda: space_of(read_json(args.dataset / "report.json")),
         "dataset": lambda: load_held_out(args.dataset, args.num_images),
     }
     pieces, findings = {}, []
@@ -78,30 +69,21 @@ def diagnose(config: dict, pieces: dict, args: argparse.Namespace) -> tuple[dict
     cells, templates, scale = pieces["cells"], config["prompts"]["templates"]["train"], config["sampler"]["guidance_scale"]
     log_prob, size, num = log_prob_of_latents(base, classifier), config["finetune"]["micro_batch_size"], args.num_trajectories
     found, y = pretrained_gradients(base, process, log_prob, cells, templates, scale, num, size, config["seed"])
-    names, timesteps = {k: space.name(k) for k in y.unique().tolist()}, process.timesteps.tolist()
-    findings = doctor.gradient_findings(found, y, names, timesteps)
+    continuous, timesteps = isinstance(space, Continuous), process.timesteps.tolist()
+    asked, names = doctor_numbers.thirds(y, space.unit) if continuous else (y, doctor.titles(y, space))
+    findings = doctor.gradient_findings(found, asked, names, timesteps)
     with torch.no_grad():
         decoded = base.decode(found["latents"][: min(size, 16)])
     differences = finite_differences(classifier, decoded, y[: len(decoded)].to(base.device), seed=config["seed"])
     findings += doctor.finite_difference_findings(differences)
 
-    subjects = list(dict.fromkeys(subject for subject, _ in cells))
-    first_seed = 100_000_000 * config["seed"] + pairs.SEED_OFFSETS["train"]
-    rows = pairs.table_of_subjects(subjects, templates, -(-args.num_images // len(subjects)), first_seed)
-    draw = denoised(base, process, pretrained_denoiser(base, process, config))
-    images = torch.cat([part.cpu() for part, _ in generate(base, rows, draw, config["sampler"]["batch_size"])])
-    sets = {"generated": (images, torch.as_tensor(load_oracle(args.dataset)(images))), "held_out": pieces["dataset"][:2]}
-    with torch.no_grad():
-        accuracy = {
-            name: doctor.accuracy_report(torch.cat([classifier.log_probs(p.to(base.device)).cpu() for p in x.split(64)]), labels)
-            for name, (x, labels) in sets.items()
-        }
-    asked = sorted({label for _, label in cells if label < space.num_classes})
-    findings += doctor.accuracy_findings(**accuracy, asked=asked, names=[space.name(k) for k in range(space.num_classes)])
-    report = {"gradients": doctor.gradient_report(found, y, names, timesteps), "finite_differences": differences, "accuracy": accuracy}
+    worth, more = examine(config, pieces, args)
+    findings += more
+    report = {"gradients": doctor.gradient_report(found, asked, names, timesteps), "finite_differences": differences, **worth}
     if any(finding.bad for finding in findings):
         return report, findings, []
-    gamma, guess = config["finetune"]["gamma"], (space.covers[y].double().mean(1)).log()
+    gamma = config["finetune"]["gamma"]
+    guess = doctor_numbers.guess(space, y) if continuous else space.covers[y].double().mean(1).log()
 
     @torch.no_grad()
     def softened(temperature: float) -> torch.Tensor:
@@ -117,8 +99,6 @@ def main() -> None:
     config = load_config(args)
     if config["base"]["kind"] != "stable_diffusion":
         raise errors.UserError("--config: the doctor looks at images; on a Gaussian mixture everything is known")
-    if config["label"]["kind"] == "continuous":
-        raise errors.UserError("--config: label.kind is continuous; the doctor looks at labels that are classes")
     if min(args.num_trajectories, args.num_images) < 1:
         raise errors.UserError("--num-trajectories and --num-images must be 1 or more")
     free_mb = measure.free_memory_mb("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import subprocess
 
 import pandas as pd
 import pytest
 
-from tests.repository import copy_repository, snakemake
+from tests.repository import copy_repository, environment, snakemake
+from tests.warm_python import command
 
 pytestmark = pytest.mark.slow
 SMALL = """
@@ -48,3 +50,22 @@ def test_requests_lie_on_each_subjects_grid(results):
     )
     adapter = json.loads((results / "adapters" / "ctrl" / "adapter.json").read_text())
     assert adapter["null_label"] is None and adapter["continuous"]["unit"] == "kB" and "num_classes" not in adapter
+
+
+def test_the_doctor_examines_the_density(results, tmp_path):
+    """Its last word is on a classifier of two epochs: it need not be kind."""
+    pieces = [text for name in ("classifier", "cells.json", "dataset") for text in (f"--{name.split('.')[0]}", str(results / name))]
+    few = ["--no-trainers", "--num-images", "64", "--num-trajectories", "12", "--num-threads", "1"]
+    arguments = ["--config", str(results / "config.json"), *pieces, *few, "--json", str(tmp_path / "report.json")]
+    repository = results.parent.parent
+    done = subprocess.run(
+        command("scripts/doctor.py", *arguments), cwd=repository, env=environment(repository), capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["finite_differences"]["passed"] and report["errors"]["generated"]["n"] == 70 and "its 80 % intervals hold" in done.stdout
+    assert {row["name"].split(",")[0] for row in report["gradients"]["labels"].values()} == {
+        "lowest third",
+        "middle third",
+        "highest third",
+    }
