@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -141,6 +142,16 @@ def history(scale=1.0):
 def test_training_curves(tmp_path):
     curves.training({"ctrl": history(), "ctrl_gamma1": history(2.0)}, tmp_path / "training.png", 4)
     assert size_of(tmp_path / "training.png") == (1440, 660), "five panels, in three columns"
+
+
+def test_a_policy_without_a_kl_leaves_numbers_on_the_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    curves.training({"ctrl": history(), "reward_maximization": history(1000.0)}, tmp_path / "training.png", 4)
+    (panel,) = [axes for axes in drawn[0].axes if axes.get_yscale() == "symlog"]
+    with matplotlib.rc_context(style.STYLE):
+        drawn[0].draw_without_rendering()
+        assert [text.get_text() for text in panel.get_yticklabels()][:3] == ["0", "10", "100"]
 
 
 def test_a_line_of_few_updates_without_a_probe(tmp_path):

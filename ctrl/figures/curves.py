@@ -54,12 +54,13 @@ def training(histories: Mapping[str, Sequence[dict]], path: Path, num_classes: i
             )
         if "kl_nats" in panels and panels["kl_nats"].get_ylim()[1] > 50:  # a policy without a KL leaves no room for the others
             panels["kl_nats"].set_yscale("symlog", linthresh=10)
+            panels["kl_nats"].yaxis.set_major_formatter("{x:g}")  # powers of ten are formulas, which the style does not set
         if "var_log_w" in panels:
             panels["var_log_w"].set_yscale("log")
             panels["var_log_w"].yaxis.set_major_formatter("{x:g}")
             panels["var_log_w"].yaxis.set_minor_formatter(NullFormatter())
         if len(histories) > 1:
-            figure.axes[0].legend(loc="lower right")
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(histories)))
         save(figure, path)
 
 
