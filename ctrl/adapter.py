@@ -48,7 +48,7 @@ images = pipe([{prompt_code}], label={example}, strength=1.0, seed=0).images
 
 ## Training
 {updates} updates of {batch_size} images in {train_seconds:.0f} s ({device}){outcome}.
-Accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}.{judges}
+Accuracy by the oracle on a fixed probe of {probe} images: {accuracy:.3f}.{trust}
 Every update is in history.jsonl, all settings in adapter.json.
 
 ## Limits
@@ -136,7 +136,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
         tag="stable-diffusion-xl" if "XL" in described["base_kind"] else "stable-diffusion",
         updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
-        judges="".join(f" {escaped(sentence)}" for sentence in judged.words(described.get("judges", {}))),
+        trust="".join(f" {escaped(sentence)}" for sentence in judged.words(described.get("judges", {}))),
     )  # fmt: skip
     write_text(folder / "README.md", card)
     write_text(folder / "pipeline.py", pipeline_code(type(control.base.pipe).__name__))

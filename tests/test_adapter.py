@@ -213,6 +213,13 @@ def test_card_says_what_the_recipe_amounts_to(control, adapter, amounts_to, says
     assert says in (folder / "README.md").read_text()
 
 
+def test_card_says_how_far_to_trust_a_judge(control, adapter):
+    folder, described = adapter
+    judges = {"judge_accuracy_mood": {"value": 0.9, "lo": 0.8, "hi": 0.95, "n": 60}}
+    write_adapter(control, folder, described | {"judges": judges}, "coat")
+    assert "mood is what people said" in (card := (folder / "README.md").read_text()) and r"0.900 \[0.800, 0.950\]." in card
+
+
 PAIR = Factors((Categorical(2, ("large", "small")), Categorical(3, ("dark", "grey", "light"))), ("size", "shade"))
 
 

@@ -256,7 +256,7 @@ def test_the_whole_chain(tmp_path_factory):
     assert rejection["accuracy"]["value"] == 1 and rejection["judge_accuracy_mood"] == report["judge_quality"]["accuracy"]
     adapter = json.loads((repository / "results/people/adapters/ctrl/adapter.json").read_text())
     assert adapter["label_names"] == ["dark", "light"] and adapter["judges"] == {"judge_accuracy_mood": rejection["judge_accuracy_mood"]}
-    assert judged.words(adapter["judges"])[0] in (repository / "results/people/adapters/ctrl/README.md").read_text()
+    assert "mood is what people said" in (repository / "results/people/adapters/ctrl/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["score", "digest", "path", "prompt"])
