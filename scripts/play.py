@@ -9,6 +9,7 @@ import torch
 
 import ctrl
 from ctrl import errors, judged, play, play_page
+from ctrl.adapter import escaped
 from ctrl.figures.style import label_name, oracle_name
 from ctrl.io import read_json
 from ctrl.labels import factors_of
@@ -54,7 +55,7 @@ def load(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.num_threads)
     base, where = (args.base, {}) if args.base else (described["base"], described.get("base_files", {}))
     return {
-        "about": "\n\n".join([f"`{args.adapter}` on `{base}`", *judged.words(judged.figures(factors_of(report)))]),
+        "about": "\n\n".join([f"`{args.adapter}` on `{base}`", *map(escaped, judged.words(judged.figures(factors_of(report))))]),
         "prompts": load_config(args)["prompts"],
         "report": report,
         "cells": read_json(args.cells) if args.cells.is_file() else {},
