@@ -27,7 +27,7 @@ def image_cost(method: Mapping, config: Mapping) -> tuple[str, float]:
     `plain`, `guided` (with a gradient) or `weighed` (with a look of the classifier at every step).
     """
     particles, labels = config["particles"], config["label"]["num_classes"]
-    factor = {"rejection": labels, "particles": particles, "cfg": 2}.get(method["family"], 1)
+    factor = {"rejection": labels, "particles": particles, "resampled": 2 * config["candidates"], "cfg": 2}.get(method["family"], 1)
     return {"guidance": "guided", "particles": "weighed"}.get(method["family"], "plain"), factor
 
 

@@ -20,6 +20,7 @@ FORMULAS = {
     "mpgd": "x̂_0 + scale · g / sqrt(−log p̂), g = ∇_{x̂_0} log p̂(y | decode(x̂_0))",
     "smc": "M particles, each weighted by p̂(y | decode(x̂_0(x_t)))^(gamma · ᾱ_t), resampled",
     "svdd": "the best of M candidates by log p̂(y | decode(x̂_0)) at every step",
+    "resampled": "one of K paths of psi, drawn by p̂(y | x_0)^gamma · pre(path) / psi(path)",
     "cfg": "eps(x_t, c) + scale · (eps(x_t, c, y) − eps(x_t, c))",
     "backprop": "max_psi E[gamma · log p̂(y | x_0)] − Σ_t E[KL(psi ‖ pre)], through the sampler",
     "adjoint": "min_psi Σ_t ‖mu_psi − mu_pre − sigma_t² g_s‖² / (2 sigma_t²), g_t = (∂mu_pre / ∂x_t)ᵀ g_s, g_0 = gamma · ∇ log p̂(y | x_0)",
@@ -32,6 +33,7 @@ SAMPLING_NEEDS = {
     "rejection": "the oracle",
     "guidance": "the classifier at sampling, a tuned scale",
     "particles": "the classifier at sampling, M passes a step",
+    "resampled": "a trained adapter, the classifier at sampling, 2 K passes a step",
     "cfg": "a trained adapter, a tuned scale",
     "finetune": "a trained adapter",
 }
@@ -159,13 +161,14 @@ def page(
     cost = [name for name in COSTS if name in table]
     scores = [[f"`{m}`", f"{rows[m]['n']:.0f}", *(number(rows[m], name) for name in quality)] for m in run["method"]]
     prices = [[f"`{m}`", *(plain(rows[m].get(name), COSTS[name][1]) for name in cost)] for m in run["method"]]
-    gamma, particles = config["finetune"]["gamma"], config["particles"]
+    gamma = config["finetune"]["gamma"]
     lines = [
         "# The methods, and what each came to",
         "",
         *(f"{text}  " for text in origin),
         "",
-        f"gamma is {gamma:g} where a method's name does not say another; M is {particles}. Scales are chosen on validation prompts.",
+        f"gamma is {gamma:g} where a method's name does not say another; M is {config['particles']}, K is {config['candidates']}. "
+        "Scales are chosen on validation prompts.",
         "p̂(y | x) is the classifier, x̂_0 the denoised estimate, psi the controlled and pre the pretrained process.",
         "",
         *markdown_table(["method", "what it does", "what it needs", "learns x_t → y", "uses y ⊥ c given x", "reference"], what, 6),

@@ -49,7 +49,7 @@ def strength_of(asked: float | None, method: pd.Series) -> float:
     strength = float(method["strength"]) if asked is None else asked
     if not 0 <= strength < math.inf:
         raise UserError(f"--strength is {strength:g}; it goes from 0 (the pretrained model) over 1 (the trained one) to more")
-    if method["family"] != "finetune" and strength != 1:
+    if method["family"] not in ("finetune", "resampled") and strength != 1:
         raise UserError(f"--strength is {strength:g}, but method {method.name} is not fine-tuned by CTRL; leave it out")
     return strength
 

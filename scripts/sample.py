@@ -19,7 +19,7 @@ from ctrl.tracking import run
 from scripts.adapter_figures import figures_of_adapter
 from scripts.cells import load_requests
 from scripts.common import add_config_argument, contents, digest, load_config
-from scripts.guided import method_denoiser, particle_draw
+from scripts.guided import method_denoiser, particle_draw, resampled_draw
 from scripts.loading import load_base, load_method, load_oracle, strength_of
 
 
@@ -52,6 +52,7 @@ NEEDS = {  # of a method's family, the arguments that it takes besides
     "cfg": ["adapter", "tuning"],
     "guidance": ["classifier", "tuning"],
     "particles": ["classifier"],
+    "resampled": ["adapter", "classifier"],
     "rejection": ["dataset", "cells"],
 }
 
@@ -77,7 +78,7 @@ def identity_of(config: dict, args: argparse.Namespace, method: pd.Series, rows:
     given = [path for path in (args.adapter, args.classifier, args.tuning, args.dataset and args.dataset / "report.json") if path]
     files = [file for path in given for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     read = contents([file for file in files if file.suffix in (".json", ".safetensors")])
-    settings = {key: config[key] for key in ("seed", "base", "sampler", "particles")} | {"gamma": config["finetune"]["gamma"]}
+    settings = {key: config[key] for key in ("seed", "base", "sampler", "particles", "candidates")} | {"gamma": config["finetune"]["gamma"]}
     code = contents(sorted(Path(errors.__file__).parent.rglob("*.py")))
     return digest(settings, method.to_dict(), args.strength, rows.to_json(), base.fingerprint(), base.device_name, read, code)
 
@@ -94,6 +95,8 @@ def main() -> None:
     draw = denoised(base, process, make_denoiser)
     if method["family"] == "particles":
         draw = particle_draw(base, process, config, args.classifier, method["guidance"])
+    if method["family"] == "resampled":
+        draw = resampled_draw(base, process, config, args)
     if method["family"] == "rejection":
         tolerance = read_json(args.dataset / "report.json").get("tolerance", 0.0)
         oracle, parts = load_oracle(args.dataset), [part for _, part in rows.groupby("prompt", sort=False)]

@@ -1,15 +1,22 @@
 """Particle samplers where the right answer is known: a Gaussian prior and a Gaussian log p, whose product is Gaussian."""
 
+import argparse
+
 import pandas as pd
 import pytest
 import torch
 
+from ctrl import base as bases
 from ctrl import classifier as classifiers
-from ctrl.generate import generate
-from ctrl.guidance.particles import smc, svdd, systematic
+from ctrl import control as controls
+from ctrl.control import Control
+from ctrl.errors import UserError
+from ctrl.generate import denoised, generate
+from ctrl.guidance.particles import resample, smc, svdd, systematic
 from ctrl.process import Process
 from ctrl.sampling import sample
-from scripts.guided import particle_draw
+from scripts.guided import particle_draw, resampled_draw
+from tests.test_control import save, scramble
 
 ABAR = torch.sigmoid(torch.linspace(-8, 8, 41, dtype=torch.float64))
 PROCESS = Process(torch.arange(40).flip(0), ABAR[:-1], ABAR[1:])
@@ -59,6 +66,44 @@ def test_images_keep_to_their_own_particles():
     assert torch.equal(one[:2], other[:2]) and torch.equal(sizes[:, :2], other_sizes[:, :2]) and not torch.equal(one[2:], other[2:])
 
 
+def conditional(mean, variance):
+    """E[eps | x_t] for x_0 ~ N(mean, variance)."""
+
+    def denoiser(x_t, i):
+        abar = PROCESS.abar_t[i].item()
+        return (1 - abar) ** 0.5 * (x_t - abar**0.5 * mean) / (abar * variance + 1 - abar)
+
+    return denoiser
+
+
+@pytest.mark.parametrize("psi", [denoiser, conditional(0.8, 0.6)], ids=["pretrained", "near"])
+def test_many_paths_of_any_model_are_weighted_to_the_exact_law(psi):
+    """From the pretrained model, and from one that only comes near: to what the sampler's own N(0, v) becomes with exp(−2 (x − 1.5)²)."""
+    x, sizes = resample(PROCESS, psi, denoiser, log_prob, noise_for(2000, 64), 64, 2.0, generators(2000))
+    assert x.shape == (2000, 1) and sizes.shape == (1, 2000) and ((sizes >= 1) & (sizes <= 64.001)).all()
+    one, zero, v = torch.ones(1, 1), torch.zeros(1, 1), 1.0
+    for i in range(PROCESS.num_steps):  # each step is linear
+        v = PROCESS.step(i, one, denoiser(one, i), zero).item() ** 2 * v + PROCESS.sigma(i) ** 2
+    assert v < 0.85, "steps are few: not the law that the denoiser was made for"
+    assert x.mean().item() == pytest.approx(6 / (1 / v + 4), abs=0.03) and x.var().item() == pytest.approx(1 / (1 / v + 4), abs=0.02)
+
+
+def test_the_nearer_the_model_the_larger_the_effective_sample():
+    """Nowhere all of the paths: a controlled step cannot narrow its law. By hand at gamma 0: no path is better than another."""
+    noise = noise_for(200, 16)
+    mean_size = [
+        resample(PROCESS, psi, denoiser, log_prob, noise, 16, 2.0, generators(200))[1].mean().item()
+        for psi in (denoiser, conditional(0.8, 0.6), conditional(1.2, 0.2))
+    ]
+    assert 1 < mean_size[0] < mean_size[1] < mean_size[2] <= 16
+    assert torch.allclose(resample(PROCESS, denoiser, denoiser, log_prob, noise, 16, 0.0, generators(200))[1], torch.tensor(16.0).double())
+
+
+def test_one_path_is_the_models_own():
+    psi, noise = conditional(0.8, 0.6), noise_for(6, 1)
+    assert torch.equal(resample(PROCESS, psi, denoiser, log_prob, noise, 1, 3.0, generators(6))[0], sample(PROCESS, psi, noise))
+
+
 def test_systematic_resampling_by_hand():
     weights = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
     for seed in range(5):
@@ -96,3 +141,34 @@ def test_many_images_share_a_pass_and_none_depends_on_the_others(base, a_classif
         return
     sizes, one_by_one = (torch.tensor(t["effective_sample_size"].tolist()) for t in (table, pd.concat(tables)))
     assert sizes.shape == (5, 4) and ((sizes >= 1) & (sizes <= 3.0001)).all() and torch.allclose(sizes, one_by_one, atol=1e-3)
+
+
+def resampled(folder, candidates, **changes):
+    """The draw of a scrambled adapter's paths by `candidates`, at most 7 paths at a time; its base and process before it."""
+    control = Control(bases.load(folder / "sd"), 3, 4, ["to_q", "to_v", "conv1"], seed=0, min_timestep=260)
+    scramble(control)
+    save(control, folder / "adapter", **{"effective_gamma": 20.0} | changes)
+    base = bases.load(folder / "sd")
+    args = argparse.Namespace(adapter=folder / "adapter", classifier=folder, strength=1.0)
+    config = {"sampler": {"guidance_scale": 1.0, "batch_size": 7}, "candidates": candidates}
+    return base, base.process(4), resampled_draw(base, base.process(4), config, args)
+
+
+def test_resampled_paths_of_an_adapter(tiny_sd, a_classifier):
+    """One candidate is the adapter's own image; of several none depends on other images; and an adapter that aims at no law is refused."""
+    (a_classifier / "sd").symlink_to(tiny_sd)
+    rows = pd.DataFrame({"prompt": ["coat", "bag", "a bag"], "label": [0, 1, 0], "seed": [5, 6, 7]})
+    base, process, draw = resampled(a_classifier, 1)
+    [(one, table)] = generate(base, rows, draw, 3)
+    control = controls.load(bases.load(tiny_sd), a_classifier / "adapter")
+    [(own, _)] = generate(control.base, rows, denoised(control.base, process, lambda p, y: control.denoiser(process, p, y)), 3)
+    assert torch.allclose(one, own, atol=1e-4) and table["effective_sample_size"].tolist() == [[1.0]] * 3
+    base, _, draw = resampled(a_classifier, 3)
+    [(together, table)] = generate(base, rows, draw, 3)
+    alone, tables = zip(*generate(base, rows, draw, 1), strict=True)
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4) and not torch.allclose(together, one, atol=1e-4)
+    sizes, one_by_one = (torch.tensor(t["effective_sample_size"].tolist()) for t in (table, pd.concat(tables)))
+    assert sizes.shape == (3, 1) and ((sizes >= 1) & (sizes <= 3.0001)).all() and torch.allclose(sizes, one_by_one, atol=1e-3)
+    assert (table["nfe_forward"] == 3 * (4 + sum(control.active(process)))).all(), "psi is asked where it acts alone"
+    with pytest.raises(UserError, match="without a KL"):
+        resampled(a_classifier, 3, effective_gamma=float("inf"))

@@ -1,5 +1,6 @@
 """Pretraining: the script ends in a folder that diffusers loads, goes on where it was killed, and guidance is distilled exactly."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from ctrl import pretrain
 from tests import warm_python
 
 ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "resources/fashion-mnist"
 FEW = {"num_steps": 4, "batch_size": 4, "checkpoint_every": 2}
 STAGE = FEW | {"learning_rate": 1e-3, "prompt_dropout": 0.5, "min_snr_gamma": 5.0, "ema_decay": 0.5}
 
@@ -51,6 +53,15 @@ def test_distillation_moves_the_unet_alone(base, data, tmp_path):
     assert moved == {"unet": True, "text_encoder": False}
 
 
+def first_images(folder, num):
+    """The embedded IDX files, cut after `num` images."""
+    folder.mkdir()
+    for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+        name = f"t10k-{kind}-ubyte.gz"
+        (folder / name).write_bytes(gzip.compress(gzip.decompress((IMAGES / name).read_bytes())[: header + num * size]))
+    return folder
+
+
 @pytest.mark.slow
 def test_script_makes_a_loadable_folder_and_resumes(tmp_path):
     """Killed between two stages and started again, the script writes the same weights as an undisturbed run."""
@@ -61,9 +72,10 @@ def test_script_makes_a_loadable_folder_and_resumes(tmp_path):
     for stage in ("vae", "decoder", "unet", "guidance"):
         config[stage] |= FEW
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    images = first_images(tmp_path / "images", 500)
 
     def start(name):
-        words = ["--config", tmp_path / "config.yaml", "--images", ROOT / "resources/fashion-mnist", "--split", "t10k"]
+        words = ["--config", tmp_path / "config.yaml", "--images", images, "--split", "t10k"]
         words += ["--output", tmp_path / name, "--checkpoints", tmp_path / f"{name}-checkpoints"]
         words = warm_python.command("scripts/pretrain.py", *map(str, words))
         return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)

@@ -129,7 +129,9 @@ def test_report(repository, results):
 
 def test_parts_of_the_long_run(repository, results):
     """The sweep of gamma, the strength dial, an adapter trained otherwise, and each kind of sampler that the demo does not have."""
-    samplers = [f"results/smoke/samples/{name}/samples.parquet" for name in ("mpgd", "classifier_guidance", "smc", "svdd")]
+    samplers = [
+        f"results/smoke/samples/{name}/samples.parquet" for name in ("mpgd", "classifier_guidance", "smc", "svdd", "ctrl_resampled")
+    ]
     done = snakemake(repository, "sweep", "strength", "results/smoke/evaluation/cfg.json", *samplers, *ARGUMENTS, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]
     assert (results / "figures" / "gamma_sweep.png").is_file() and (results / "figures" / "strength.png").is_file()
@@ -140,7 +142,7 @@ def test_parts_of_the_long_run(repository, results):
     assert adapters["cfg"]["finetune"]["trainer"] == "supervised" and adapters["ctrl"]["finetune"]["trainer"] == "backprop"
     costs = {
         name: pd.read_parquet(results / "samples" / name / "samples.parquet")
-        for name in ("pretrained", "mpgd", "classifier_guidance", "smc", "svdd", "cfg")
+        for name in ("pretrained", "mpgd", "classifier_guidance", "smc", "svdd", "cfg", "ctrl_resampled")
     }
     passes = {name: table["nfe_forward"].mean() for name, table in costs.items()}
     steps = passes["pretrained"]
@@ -151,6 +153,8 @@ def test_parts_of_the_long_run(repository, results):
     assert (costs["smc"]["effective_sample_size"].map(len) == steps + 1).all()
     assert passes["smc"] == passes["svdd"] == 2 * steps, "two particles an image"
     assert passes["cfg"] > steps
+    assert 2 * steps < passes["ctrl_resampled"] <= 4 * steps, "two paths an image, each through both models where they differ"
+    assert costs["ctrl_resampled"]["effective_sample_size"].map(lambda sizes: 1 <= sizes[0] <= 2.0001).all()
 
 
 def test_sample_efficiency(repository, results):

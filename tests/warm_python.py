@@ -2,9 +2,9 @@
 
 What `repository.snakemake` runs uses it. In the shells that find BASH_ENV in their environment, `python SCRIPT ...` is a function: it hands
 its arguments, folder, environment and streams to a server, which forks, and waits for the exit code. A fork loads the code in its own
-PYTHONPATH: the server loads libraries alone. Two things are not as in a Python of one's own: all forks have one seed of hashes, and
-BLAS one thread. A fork dies with its client, but no other signal reaches it, and no job's accounting sees it: where those count, test_slurm
-starts jobs as users do.
+PYTHONPATH: the server loads libraries alone. Two things are not as in a Python of one's own: all forks have one seed of hashes, and one
+thread, whatever a script asks for: two wait for each other where other tests run beside. A fork dies with its client, but no other signal
+reaches it, and no job's accounting sees it: where those count, test_slurm starts jobs as users do.
 """
 
 import array
@@ -46,7 +46,7 @@ LIBRARIES = [
     "alembic.command",
 ]
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")  # of the environment that libraries are loaded in
-THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # they read it when they are loaded; torch is told by scripts
+THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # they read it when they are loaded
 CLIENT = """
 import array, json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -172,6 +172,9 @@ def serve(address: str, parent: int) -> None:
     """Forks for every client, and tells it how that ended; ends with the process `parent`, and its forks with it or with their client."""
     for library in LIBRARIES:
         __import__(library)
+    torch = sys.modules["torch"]
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda number: None
     sys.modules["sqlalchemy.orm"].configure_mappers()  # a second that each fork would need
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     server, running = socket.socket(socket.AF_UNIX), {}

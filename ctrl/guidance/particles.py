@@ -4,6 +4,8 @@
   NeurIPS 2023, "Twisted diffusion sampler", arXiv 2306.17775, with the pretrained model as the proposal; tempered by ᾱ_t, since an early
   x̂_0 says little). Exact in the limit of many particles.
 - `svdd`: at every step the best of M candidates by log p̂(y | decode(x̂_0)) (Li et al. 2024, arXiv 2408.08252, alpha = 0).
+- `resample`: M whole paths of a controlled model, of which one is drawn by its weight p̂(y | x_0)^gamma · pre(path) / psi(path) (sampling
+  importance resampling, Rubin 1988). Exact in the limit of many, whatever psi is; the nearer psi is to the optimum, the fewer it takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrl.process import Denoiser, Process
+from ctrl.sampling import path_statistics
 
 LogProb = Callable[[Tensor], Tensor]
 
@@ -39,8 +42,7 @@ def smc(
             weights = log_w.softmax(1)
             sizes.append(1 / weights.square().sum(1))
             if last:
-                chosen = torch.cat([torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)])
-                return x.view(batch, num_particles, *x.shape[1:])[torch.arange(batch), chosen.to(x.device)], torch.stack(sizes)
+                return one_of_each(x, weights, generators), torch.stack(sizes)
             poor = sizes[-1] < num_particles / 2
             ancestors = torch.where(poor[:, None], systematic(weights, generators), torch.arange(num_particles))
             log_w = torch.where(poor[:, None], 0.0, log_w)
@@ -58,6 +60,29 @@ def systematic(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor
     offsets = torch.stack([torch.rand(1, generator=g, dtype=weights.dtype) for g in generators])
     points = (torch.arange(count) + offsets) / count
     return torch.searchsorted(weights.cumsum(1).contiguous(), points.contiguous()).clamp(max=count - 1)
+
+
+def one_of_each(x: Tensor, weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Of B · M particles, those of an image side by side, one for each image, drawn by its `weights` with shape (B, M)."""
+    batch, count = weights.shape
+    chosen = torch.cat([torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)])
+    return x.view(batch, count, *x.shape[1:])[torch.arange(batch), chosen.to(x.device)]
+
+
+def resample(
+    process: Process, psi: Denoiser, pre: Denoiser, log_prob: LogProb, noise: Tensor, num_candidates: int, gamma: float,
+    generators: Sequence[torch.Generator], active: Sequence[bool] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One x_0 for each of B images with shape (B, *), and the effective sample size of its M paths, of 1 … M, with shape (1, B).
+
+    M is `num_candidates`; `noise`, `log_prob` and `generators` are as in `smc`, `active` as in `path_statistics`. At the optimum of
+    `gamma`, where log w is the same for all paths, the effective sample size is M.
+    """
+    with torch.no_grad():
+        x, _, log_ratio = path_statistics(process, psi, pre, noise, active)
+        log_w = (gamma * log_prob(x) - log_ratio).double().cpu()
+    weights = log_w.view(-1, num_candidates).softmax(1)
+    return one_of_each(x, weights, generators), 1 / weights.square().sum(1)[None]
 
 
 def svdd(process: Process, denoiser: Denoiser, log_prob: LogProb, noise: Tensor, num_particles: int) -> Tensor:

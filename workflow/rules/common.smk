@@ -105,7 +105,7 @@ def sections(*keys: str, adapter: str = "") -> str:
 def methods(table: str) -> list[str]:
     """The rows of a table: `results` has those of the demo, `paper` all."""
     left_out = {own_gamma(config), *(["classifier_guidance"] if CONTINUOUS else [])}  # `ctrl` by another name; it needs classes
-    return [name for name, row in METHODS.items() if name not in left_out and (table == "paper" or row["run"] == "demo")]
+    return [m for m, row in METHODS.items() if not left_out & {m, row["adapter"]} and (table == "paper" or row["run"] == "demo")]
 
 
 def adapters(table: str) -> list[str]:

@@ -187,7 +187,7 @@ rule write_methods_page:
     params:
         config="results/{experiment}/config.json",
         command=" ".join(["snakemake paper --cores all", *(f"--configfile {path}" for path in workflow.configfiles[1:])]),
-        depends=sections("finetune", "particles", "sampler", "tuning", "adapters", "evaluation"),
+        depends=sections("finetune", "particles", "candidates", "sampler", "tuning", "adapters", "evaluation"),
         strength=lambda wildcards, input: ["--strength", input.strength[0]] if DIAL else [],
         dial=lambda wildcards, input: input.strength[1:],
     shell:

@@ -5,12 +5,16 @@
 #        results/{experiment}/samples_val/{method}  on validation prompts, to choose settings by; `rejection` is the reference there
 
 
+MANY = {"particles": ["particles", "finetune.gamma"], "resampled": ["candidates"]}  # what the families with many particles an image depend on
+
+
 rule sample:
     """The rows of the table. `rejection_reference` is a second, independent set of rejection samples: the reference of the distances."""
     input:
         unpack(sample_needs),
         code=lambda wildcards: CODE["sample"]
-        + (CONTROL if row_of(wildcards.method)["adapter"] else GUIDANCE if row_of(wildcards.method)["guidance"] else []),
+        + (CONTROL if row_of(wildcards.method)["adapter"] else [])
+        + (GUIDANCE if row_of(wildcards.method)["family"] in ("guidance", "particles", "resampled") else []),
         base=files_of(config["base"]["path"]),
         cells="results/{experiment}/cells.json",
     output:
@@ -30,7 +34,7 @@ rule sample:
             "base",
             "sampler",
             "prompts.templates.test",
-            *(["particles", "finetune.gamma"] if row_of(wildcards.method)["family"] == "particles" else []),
+            *MANY.get(row_of(wildcards.method)["family"], []),
         ),
         split="test",
         method=lambda wildcards: row_of(wildcards.method)["method"],
@@ -71,7 +75,7 @@ use rule sample as sample_val with:
             "base",
             "sampler",
             "prompts.templates.val",
-            *(["particles", "finetune.gamma"] if row_of(wildcards.method)["family"] == "particles" else []),
+            *MANY.get(row_of(wildcards.method)["family"], []),
         ),
         split="val",
         method=lambda wildcards: row_of(wildcards.method)["method"],
