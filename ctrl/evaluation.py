@@ -21,7 +21,10 @@ from ctrl.scoring import scorer
 from ctrl.targets import by_target
 
 COLUMNS = ("file_name", "prompt", "subject", "label", "seed")
-COSTS = {"nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image"}  # column -> metric
+COSTS = {  # column -> metric
+    "nfe_forward": "nfe_forward", "nfe_backward": "nfe_backward", "seconds": "seconds_per_image",
+    "effective_sample_size": "effective_sample_size",
+}  # fmt: skip
 SINGLE = ("train_seconds", "peak_memory_mb", "kl_nats", "var_log_w")  # figures of samples.json or adapter.json
 MIN_FRECHET = 2000  # images; below, the Frechet distance says more about their number than about their law
 
@@ -296,8 +299,11 @@ def costs(table: pd.DataFrame, info: dict, num_bootstrap: int, seed: int) -> dic
     """What an image cost, from the table's columns, and the run's own figures from `info`.
 
     Images that were timed together carry the mean of their batch, and are resampled together. What is the same for all has no interval.
+    Of the effective sample sizes after each step the last one counts: of the weights that an image is drawn by.
     """
     figures = {}
+    if "effective_sample_size" in table:
+        table = table.assign(effective_sample_size=table["effective_sample_size"].map(lambda sizes: sizes[-1]))
     for column, name in COSTS.items():
         if column in table:
             values = torch.tensor(table[column].to_numpy(np.float64))

@@ -57,7 +57,14 @@ COSTS = {
     "peak_memory_mb": ("peak memory / MB", 0),
     "kl_nats": ("path KL / nats", 2),
     "var_log_w": ("var log w", 1),
+    "effective_sample_size": ("effective sample size", 1),
 }
+
+EFFECTIVE = [
+    "The effective sample size 1 / Σ w² is that of the weights w by which one of an image's particles or paths is drawn at the end: 1",
+    "where one has all the weight, M (of `smc`, since it resampled last) or K where all count alike, as paths do at the exact optimum.",
+    "",
+]
 
 
 def mechanism(method: Mapping, config: dict) -> str:
@@ -184,6 +191,7 @@ def page(
         "",
         *markdown_table(["method", *(COSTS[name][0] for name in cost)], prices, 1),
         "",
+        *(EFFECTIVE if "effective_sample_size" in cost else []),
         *([f"Not run, of that command: {listed(missing)}.", ""] if (missing := [m for m in methods["method"] if m not in rows]) else []),
         "## What the figures say",
         "",

@@ -12,8 +12,8 @@ DESCRIPTION = ("method", "family", "fine_tunes", "learns_xt_to_y", "uses_conditi
 METRICS = (
     "accuracy", "macro_f1", "within_tolerance", "mae", "rmse", "r2", "mae_beyond", "rmse_beyond", "kid_rejection",
     "kid_rejection_within", "frechet_distance", "precision", "recall",
-    "diversity", "prompt_accuracy", "clip_score", "brisque", "kl_nats", "var_log_w", "nfe", "nfe_forward", "nfe_backward",
-    "seconds_per_image", "train_seconds", "peak_memory_mb",
+    "diversity", "prompt_accuracy", "clip_score", "brisque", "kl_nats", "var_log_w", "effective_sample_size",
+    "nfe", "nfe_forward", "nfe_backward", "seconds_per_image", "train_seconds", "peak_memory_mb",
 )  # fmt: skip
 # The columns that people read: metric -> (heading, factor, decimals, whether to show the interval). Those that no method has are left out.
 SHOWN = {

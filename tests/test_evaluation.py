@@ -129,6 +129,12 @@ def test_costs_of_rejection_have_an_interval():
     assert figures["kl_nats"] == {"value": 1.4, "n": 40, "lo": 1.3, "hi": 1.5}
 
 
+def test_the_last_effective_sample_size_is_the_one_that_an_image_is_drawn_by():
+    table = pd.DataFrame({"effective_sample_size": [[8.0, 2.0], [8.0, 4.0]] * 20})
+    found = evaluation.costs(table, {}, 200, 0)["effective_sample_size"]
+    assert found["value"] == 3 and 2 < found["lo"] < 3 < found["hi"] < 4 and found["n"] == 40
+
+
 def test_the_paths_of_a_seed_are_resampled_together():
     values, table = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0], pd.DataFrame({"seed": range(6)})
     paths = {"value": 2.0, "n": 6, "values": values}
