@@ -115,9 +115,9 @@ def test_bins_and_names():
     assert style.bins_of(REPORT) == [(1.2, float("inf")), (1.1, 1.2), (1.0, 1.1), (float("-inf"), 1.0)]
     assert style.bins_of(REPORT | {"descending": False})[0] == (float("-inf"), 1.0)
     assert style.label_name(REPORT, 0) == "≥ 1.2 kB" and style.label_name(REPORT, 1, with_unit=False) == "1.1–1.2"
-    assert (
-        style.method_name("ctrl_gamma0.5") == "CTRL, γ = 0.5" and style.method_name("reconstruction_guidance") == "reconstruction guidance"
-    )
+    names = ["ctrl", "ctrl_gamma0.5", "ctrl_gamma1_resampled", "ctrl_adjoint", "reconstruction_guidance", "smc", "cfg"]
+    shown = ["CTRL", "CTRL, γ = 0.5", "CTRL, γ = 1, resampled", "CTRL adjoint", "reconstruction guidance", "SMC", "CFG"]
+    assert [style.method_name(name) for name in names] == shown
     colours = style.method_colours(["ctrl", "a", "b"])
     assert len(set(colours.values())) == 3 and len(style.method_colours([str(k) for k in range(20)])) == 20
 

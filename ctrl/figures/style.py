@@ -35,8 +35,9 @@ METRIC_NAMES = {
 
 
 def method_name(method: str) -> str:
-    """A method's name for people: `reconstruction guidance`, `CTRL, γ = 1`."""
-    return re.sub(r"^CTRL gamma([\d.]+)$", r"CTRL, γ = \1", re.sub(r"^ctrl\b", "CTRL", method.replace("_", " ")))
+    """A method's name for people: `reconstruction guidance`, `SMC`, `CTRL, γ = 1, resampled`."""
+    words = re.sub(r"^(cfg|ctrl|dps|mpgd|smc|svdd)\b", lambda short: short[0].upper(), method.replace("_", " "))
+    return re.sub(r"^CTRL gamma([\d.]+)( )?", lambda found: f"CTRL, γ = {found[1]}" + (", " if found[2] else ""), words)
 
 
 def label_name(report: dict, label: int, with_unit: bool = True) -> str:
