@@ -23,6 +23,7 @@ from ctrl.process import Process
 from ctrl.sampling import noise_of, sample
 
 TOLERANCE = 3  # grey levels of 255: rounding, which a wild adapter magnifies; another adapter's images differ by tens
+CHECKED_STEPS, CHECKED_LATENTS = 10, 4 * 64**2  # of what is drawn to check that: see `check_in_plain_diffusers`
 CARD = """---
 base_model: {base_code}
 library_name: diffusers
@@ -73,14 +74,16 @@ PLAIN_DIFFUSERS = """
 import json, sys
 import numpy as np
 import torch
-folder, dtype, prompts, labels, output = json.loads(sys.argv[1])
+folder, dtype, prompts, labels, steps, output = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 {loading}
 pipe.watermark = None
 pipe.set_progress_bar_config(disable=True)
+if dtype != torch.float32:
+    pipe.to(torch.float32)
 pipe.load_control(folder)
 assert "ctrl" not in sys.modules, "ctrl was imported"
-np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=labels, seed=0).images]))
+np.save(output, np.stack([np.asarray(image) for image in pipe(prompts, label=labels, seed=0, **steps).images]))
 """
 
 
@@ -152,16 +155,26 @@ def pipeline_code(kind: str) -> str:
 def check_in_plain_diffusers(
     control: Control, process: Process, folder: Path, described: dict, cells: Sequence[tuple[str, float]], templates: Sequence[str]
 ) -> None:
-    """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to TOLERANCE."""
-    chosen = list(cells)[:: max(1, len(cells) // 4)][:4]
+    """Draws some images here and in a process that imports diffusers alone; raises UserError unless they agree to TOLERANCE.
+
+    There it is on the CPU: so that a large model does not take hours, with at most CHECKED_STEPS (where the spacing is the scheduler's)
+    and no more than four images of 512x512 pixels. Weights of a lower precision are the same numbers in float32, to which `control` and
+    its base go for good: rounding in between differs from device to device.
+    """
+    base, sampler = control.base.to_float32(), described["sampler"]
+    if fewer := sampler["spacing"] == "scheduler" and process.num_steps > CHECKED_STEPS:
+        process = base.process(CHECKED_STEPS, process.eta)
+    num = min(4, max(1, CHECKED_LATENTS // math.prod(base.latent_shape[1:])))
+    chosen = list(cells)[:: max(1, len(cells) // num)][:num]
     prompts, labels = [templates[0].format(subject) for subject, _ in chosen], [label for _, label in chosen]
     written = [control.space.label(y) for y in labels]
-    noise = noise_of(range(len(chosen)), control.base.latent_shape, process.num_steps, control.base.device)
-    psi = control.denoiser(process, prompts, torch.tensor(labels), described["sampler"]["guidance_scale"])
+    noise = noise_of(range(len(chosen)), base.latent_shape, process.num_steps, base.device)
+    psi = control.denoiser(process, prompts, torch.tensor(labels), sampler["guidance_scale"])
     with torch.no_grad(), full_precision():  # plain diffusers draws on the CPU, to which a GPU comes as near as it takes no other way
-        here = np.stack([np.asarray(image) for image in to_pil(control.base.decode(sample(process, psi, noise)))])
+        here = np.stack([np.asarray(image) for image in to_pil(base.decode(sample(process, psi, noise)))])
     output = folder / "plain_diffusers.npy"
-    arguments = json.dumps([str(folder), described["dtype"], prompts, written, str(output)])
+    steps = {"num_inference_steps": CHECKED_STEPS} if fewer else {}
+    arguments = json.dumps([str(folder), described["dtype"], prompts, written, steps, str(output)])
     unchecked = "" if is_single_file(described) else ", safety_checker=None"
     code = PLAIN_DIFFUSERS.replace("{loading}", loading(described, folder, f", torch_dtype=dtype{unchecked}"))
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)

@@ -52,6 +52,13 @@ class Base:
         """The UNet's first: it tells device and type at once, where diffusers' own properties walk through all modules, at every pass."""
         return next(self.unet.parameters())
 
+    def to_float32(self) -> "Base":
+        """The same weights in float32, for good; what was encoded of prompts is forgotten. Returns itself."""
+        if self.dtype != torch.float32:
+            self.pipe.to(torch.float32)
+            self._text.clear()
+        return self
+
     @property
     def device_name(self) -> str:
         """What a measured time or memory was measured on."""
@@ -79,8 +86,7 @@ class Base:
         if spacing == "quadratic":
             timesteps = quadratic_timesteps(num_steps, len(scheduler.alphas_cumprod))
             return Process.from_alphas(scheduler.alphas_cumprod, timesteps, 1.0, eta)
-        scheduler.set_timesteps(num_steps)
-        return Process.from_alphas(scheduler.alphas_cumprod, scheduler.timesteps.cpu(), float(scheduler.final_alpha_cumprod), eta)
+        return Process.from_ddim(scheduler, num_steps, eta)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str | None]) -> Condition:

@@ -6,9 +6,9 @@ import difflib
 import math
 from pathlib import Path
 
-from ctrl.contradictions import check_across, check_sizes
+from ctrl.contradictions import check_across, check_proof, check_sizes
 from ctrl.errors import UserError
-from ctrl.names import VARIANT
+from ctrl.names import VARIANT, split_strength
 from ctrl.schema import check
 
 MIXTURE_DEFAULTS = {
@@ -59,10 +59,13 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
         label["num_classes"] = math.prod(factor["num_classes"] for factor in label["factors"])
     check_across(config, where)
     check_sizes(config, where)
+    check_proof(config, where)
     if unknown := set(config["trainers"]["recipes"]) - {"ctrl", *config["adapters"]}:
         known = ", ".join(["ctrl", *config["adapters"]])
         raise UserError(f"{where}: trainers.recipes has {min(unknown)}; the recipes are {known}")
     for name in config["adapters"]:
+        if VARIANT.fullmatch(name)["recipe"] != name or split_strength(name)[1]:
+            raise UserError(f"{where}: adapters.{name}: _gamma, _seed, _n and _strength with a number vary a recipe; give it another name")
         variant = for_adapter(config, name)
         check(variant, schema, f"{where}, with adapters.{name} laid over finetune")
         check_across(variant, f"{where}, with adapters.{name} laid over finetune")

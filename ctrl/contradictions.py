@@ -1,9 +1,15 @@
 """Keys of a configuration that are fine alone and contradict each other."""
 
+import json
+
 from ctrl.errors import UserError, redact
 from ctrl.names import COLUMN, factor_of
 
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}
+AMOUNTS_TO = {  # what ctrl.proof does
+    "sampler": {"eta": 1.0, "guidance_scale": 1.0, "spacing": "scheduler"},
+    "finetune": {"kl_reduction": "sum", "kl_weight": 1.0, "num_terms": None, "truncation": None, "max_adjoint_norm": None},
+}
 
 
 def check_across(config: dict, where: str = "config") -> None:
@@ -128,3 +134,12 @@ def check_mixture(config: dict, where: str) -> None:
                 raise UserError(
                     f"{where}: {key} {'is missing' if mixture else 'belongs to base.kind gaussian_mixture alone: leave it out'}"
                 )
+
+
+def check_proof(config: dict, where: str) -> None:
+    """With a Gaussian mixture some keys do nothing: they are what they amount to."""
+    for section, values in AMOUNTS_TO.items() if config["base"]["kind"] == "gaussian_mixture" else ():
+        for name, value in values.items():
+            if config[section][name] != value:
+                given, only = json.dumps(config[section][name]), json.dumps(value)
+                raise UserError(f"{where}: {section}.{name} is {given}; with base.kind gaussian_mixture it can only be {only}")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -49,6 +50,18 @@ class Process:
         abar_s = torch.cat([abar_t[1:], abar_t.new_tensor([final_abar])])
         return cls(timesteps, abar_t, abar_s, eta)
 
+    @classmethod
+    def from_ddim(cls, scheduler: DDIMScheduler, num_steps: int, eta: float = 1.0) -> "Process":
+        """`num_steps` as diffusers' DDIM takes them: each goes T // num_steps timesteps down, T being those of training.
+
+        Where `num_steps` does not divide T, that need not be where the next step begins.
+        """
+        scheduler.set_timesteps(num_steps)
+        alphas_cumprod, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.cpu()
+        ends = timesteps - len(alphas_cumprod) // num_steps
+        abar_s = torch.where(ends >= 0, alphas_cumprod[ends.clamp(min=0)], float(scheduler.final_alpha_cumprod))
+        return cls(timesteps, alphas_cumprod[timesteps], abar_s, eta)
+
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
@@ -72,6 +85,10 @@ class Process:
         """Standard deviation of step `i`."""
         abar_t, abar_s = self.abar_t[i].item(), self.abar_s[i].item()
         return self.eta * ((1 - abar_s) / (1 - abar_t)) ** 0.5 * (1 - abar_t / abar_s) ** 0.5
+
+    def stays(self, i: int) -> bool:
+        """Whether step `i` ends at the noise level where it begins, as the last one does of some schedulers: then it moves nothing."""
+        return bool(self.abar_t[i] == self.abar_s[i])
 
     def eps_coefficient(self, i: int) -> float:
         """d mu / d eps of step `i`, a scalar: mu = sqrt(ᾱ_s / ᾱ_t) x_t + eps_coefficient · eps. It is negative."""

@@ -60,13 +60,19 @@ def load_training_cells(path: Path, ask_held_out: bool = True) -> list[tuple]:
 
     Of a continuous label: (subject, (low, high)).
     """
-    cells = of_subjects(read_cells(path), False, path)
+    every = read_cells(path)
+    cells = of_subjects(every, False, path)
     if "ranges" in cells:
         return [(subject, tuple(limits)) for subject, limits in cells["ranges"].items()]
     held_out = [] if ask_held_out else cells.get("held_out", [])
     training = [c for c in check_cells(cells["cells"] + cells.get("free", []), cells["labels"], path) if c[1] not in held_out]
     if not training:
         raise UserError(f"{path}: no (subject, label) pair is left to train on; set finetune.ask_held_out, or label.held_out to fewer")
+    if lost := sorted({y for _, y in every["cells"]} - {y for _, y in training} - set(held_out)):
+        only = ", ".join(sorted({subject for subject, y in every["cells"] if y == lost[0]}))
+        raise UserError(
+            f"{path}: label {lost[0]} is possible for {only} alone, held out from training; hold out other subjects (prompts.held_out)"
+        )
     return training
 
 

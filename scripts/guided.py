@@ -63,7 +63,7 @@ def method_denoiser(
 
 
 def draw_of_particles(base: Base, process: Process, batch_size: int, num: int, choose: Choose) -> Draw:
-    """An image of `num` particles each; particle 0 of an image has its seed, the others seeds behind all.
+    """An image of `num` particles each; particle 0 has the image's seed, the others seeds behind all, and what resamples a further one.
 
     About `batch_size` particles go through the network at a time. The column effective_sample_size is what `choose` says of it.
     """
@@ -72,7 +72,8 @@ def draw_of_particles(base: Base, process: Process, batch_size: int, num: int, c
     def draw_some(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         noise = noise_of([seed + k * 10**10 for seed in seeds for k in range(num)], base.latent_shape, process.num_steps, base.device)
         many = labels.repeat_interleave(num).to(base.device)
-        return choose([prompt for prompt in prompts for _ in range(num)], many, noise, [torch.Generator().manual_seed(s) for s in seeds])
+        generators = [torch.Generator().manual_seed(seed + num * 10**10) for seed in seeds]
+        return choose([prompt for prompt in prompts for _ in range(num)], many, noise, generators)
 
     def draw(prompts: list[str], labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, dict[str, list]]:
         parts = [slice(start, start + at_a_time) for start in range(0, len(prompts), at_a_time)]

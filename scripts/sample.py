@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main, lower="sampler.batch_size")
+    errors.main(main, lower="sampler.batch_size (of methods with many particles an image also particles and candidates)")

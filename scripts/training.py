@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def join_processes() -> bool:
         found, asked = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
         if 0 < found < asked:
             raise errors.UserError(f"{asked} processes, but {found} GPUs: lower cluster.finetune.gpus, or accelerate's --num_processes")
-        PartialState(cpu=not found)
+        PartialState(cpu=not found, timeout=timedelta(hours=2))  # the others wait for the first one's probe
     return parallel.is_main()
 
 

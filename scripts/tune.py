@@ -42,7 +42,7 @@ def main() -> None:
     report, network = read_json(args.dataset / "report.json"), features.load(config["evaluation"]["features"])
     oracles = factors_of(report)
     reference = load_samples(args.reference, oracles, report["num_classes"])
-    per_label = config["tuning"]["num_images"] // report["num_classes"]
+    per_label = max(1, min(config["tuning"]["num_images"] // report["num_classes"], config["evaluation"]["images_per_label"]))
     first_seed = 100_000_000 * config["seed"] + SEED_OFFSETS["val"]
     rows = load_requests(args.cells, config["prompts"]["templates"]["val"], per_label, first_seed)
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 import ctrl
+from ctrl import base as bases
 from ctrl import control as controls
 from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.io import write_json
 from ctrl.labels import Categorical, Factors
 from ctrl.oracles import to_pil
 from ctrl.sampling import noise_of, sample
+from tests.test_control import scramble
 from tests.trained import TRAINED
 
 CELLS = [("coat", 0), ("bag", 2)]
@@ -69,6 +72,21 @@ def test_plain_diffusers_draws_the_same_images(control, process, adapter):
     before = sorted(adapter[0].iterdir())
     check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])  # raises where they differ
     assert sorted(adapter[0].iterdir()) == before, "it leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_weights_of_a_lower_precision_draw_the_same_too(tmp_path):
+    """Of the embedded base in bfloat16, whose rounding between two steps alone would be told from float32's; of 30 steps ten are drawn."""
+    folder, names = tmp_path / "adapter", ["a", "b", "c"]
+    base = bases.load("resources/mini-sd", dtype="bfloat16")
+    process, control = base.process(30), Control(base, 3, 4, ["to_q", "to_v"], seed=0, min_timestep=100)
+    scramble(control)
+    sampler = SAMPLER | {"num_steps": 30, "spacing": "scheduler", "timesteps": process.timesteps.tolist()}
+    described = controls.describe(control, "resources/mini-sd", sampler, names, TRAINED)
+    folder.mkdir()
+    write_adapter(control, folder, described, "coat")
+    check_in_plain_diffusers(control, process, folder, described, CELLS, ["{}"])
+    assert base.passes.forward == 10 * 2 * len(CELLS) and described["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow

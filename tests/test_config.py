@@ -126,6 +126,9 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("adapters: {odd: {gama: 3}}", "adapters.odd laid over finetune: unknown key finetune.gama"),
         ("adapters: {odd: {trainer: adjoint, kl_weight: 0}}", "adapters.odd laid over finetune: finetune.trainer is adjoint"),
         ("adapters: {ctrl: {rank: 3}}", "adapters"),
+        ("adapters: {lora_n8: {lora: {rank: 8}}}", "adapters.lora_n8: _gamma, _seed, _n and _strength with a number vary a recipe"),
+        ("adapters: {soft_gamma1: {kl_weight: 0.5}}", "adapters.soft_gamma1: _gamma"),
+        ("adapters: {small_strength2: {}}", "adapters.small_strength2: _gamma"),
         ("trainers: {recipes: [ctrl, adjoint]}", "trainers.recipes has adjoint; the recipes are ctrl, cfg"),
         ("trainers: {seeds: [0, 0]}", "trainers.seeds is [0, 0]"),
         ("trainers: {target: 95}", "trainers.target is 95; it must be a finite number above 0, at most 1"),
@@ -228,3 +231,18 @@ def test_the_published_recipe_fits_every_config(tmp_path):
     published = for_adapter(config, "published_seed2")
     assert published["seed"] == 2 and published["finetune"]["trainer"] == "backprop" and published["finetune"]["truncation"] == [1, 6]
     assert effective_gamma(*(published["finetune"][key] for key in ("gamma", "kl_weight", "kl_reduction")), 256) == pytest.approx(2560)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sampler: {eta: 0.3}", "sampler.eta is 0.3; with base.kind gaussian_mixture it can only be 1.0"),
+        ("finetune: {truncation: [1, 6]}", "finetune.truncation is [1, 6]; with base.kind gaussian_mixture it can only be null"),
+    ],
+)
+def test_what_does_nothing_in_the_proof_is_refused(tmp_path, text, says):
+    mixture = common.DEFAULTS.with_name("mixture.yaml").read_text()
+    load(tmp_path, mixture)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, mixture, text)
+    assert says in str(caught.value)

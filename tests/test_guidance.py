@@ -54,6 +54,14 @@ def test_guidance_works_under_no_grad_and_raises_the_log_prob():
         assert log_prob(sample(process, reconstruction_guidance(denoiser, process, log_prob, 0.3, weighting), noise)).mean() > plain + 0.5
 
 
+def test_a_last_step_that_moves_nothing_is_not_guided():
+    """As with a scheduler that ends at t = 0 and has no ᾱ of 1 beyond."""
+    process, x = Process(torch.tensor([500, 0]), torch.tensor([0.3, 0.999]), torch.tensor([0.999, 0.999])), torch.randn(4, 3)
+    guided = [reconstruction_guidance(denoiser, process, log_prob, 1.0, w) for w in ("constant", "normalised")]
+    for each in [*guided, mpgd(denoiser, process, log_prob, 1.0)]:
+        assert torch.equal(each(x, 1), denoiser(x, 1)) and not torch.equal(each(x, 0), denoiser(x, 0))
+
+
 def test_unknown_weighting_is_refused():
     with pytest.raises(ValueError, match="weighting"):
         reconstruction_guidance(denoiser, PROCESS, log_prob, 1.0, "magic")

@@ -22,8 +22,11 @@ def test_the_table_asks_for_the_cells_and_training_also_for_what_leaves_factors_
 
 
 def test_subjects_that_are_held_out_are_asked_for_in_the_table_alone(tmp_path):
-    path = write(tmp_path, held_out_subjects=["bag"])
-    assert load_training_cells(path) == [("coat", 0)]
+    path = write(tmp_path, cells=[["coat", 0], ["coat", 1], ["bag", 1]], held_out_subjects=["bag"])
+    assert load_training_cells(path) == [("coat", 0), ("coat", 1)]
+    with pytest.raises(UserError, match="label 1 is possible for bag alone"):
+        load_training_cells(write(tmp_path, held_out_subjects=["bag"]))
+    path = write(tmp_path, cells=[["coat", 0], ["coat", 1], ["bag", 1]], held_out_subjects=["bag"])
     assert set(load_requests(path, ["a {}"], 3, 0)["prompt"]) == {"a coat"}
     table = load_requests(path, ["a {}"], 3, 0, held_out=True)
     assert set(table["prompt"]) == {"a bag"} and table["label"].tolist() == [1, 1, 1]

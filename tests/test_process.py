@@ -17,8 +17,7 @@ def scheduler():
 
 
 def process_of(scheduler, num_steps=10, eta=1.0):
-    scheduler.set_timesteps(num_steps)
-    return Process.from_alphas(scheduler.alphas_cumprod, scheduler.timesteps, float(scheduler.final_alpha_cumprod), eta)
+    return Process.from_ddim(scheduler, num_steps, eta)
 
 
 def test_one_step_by_hand():
@@ -33,10 +32,12 @@ def test_one_step_by_hand():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_steps_are_those_of_diffusers(scheduler, eta, spacing):
+@pytest.mark.parametrize("num_steps", [10, 30])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_steps_are_those_of_diffusers(scheduler, eta, spacing, num_steps):
+    """Also where their number does not divide the 1000 of training, and a step does not end where the next begins."""
     scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
-    process = process_of(scheduler, 10, eta)
+    process = process_of(scheduler, num_steps, eta)
     torch.manual_seed(0)
     x, eps, noise = torch.randn(3, 2, 4, 4, 4)
     for i, t in enumerate(scheduler.timesteps):

@@ -124,7 +124,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
         advantage = advantages(r, kl, batch.labels.to(r.device), gamma, kl_weight)
         mean = {"reward": r.mean().item(), "kl_nats": kl.sum(0).mean().item()}
         loss = kl_weight * mean["kl_nats"] - gamma * mean["reward"]
-        variance = batch.variance((gamma * r - log_ratio).double().cpu())
+        variance = batch.variance((gamma / kl_weight * r - log_ratio).double().cpu()) if kl_weight else {}
         held.update(batch=batch, paths=paths, advantage=advantage, figures={"loss": loss, **mean, **variance})
 
     def gradient(update: int) -> dict[str, float]:

@@ -23,6 +23,8 @@ def mpgd(denoiser: Denoiser, process: Process, log_prob: Callable[[Tensor], Tens
     def guided(x_t: Tensor, i: int) -> Tensor:
         with torch.no_grad():
             eps = denoiser(x_t, i)
+        if process.stays(i):
+            return eps
         with torch.enable_grad():
             x_0 = process.predict_x0(i, x_t, eps).requires_grad_()
             log_p = log_prob(x_0)
