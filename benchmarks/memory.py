@@ -1,4 +1,5 @@
-"""The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, computed by ctrl/activations.py and not measured on any such card.
+"""The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, and the largest batch of reconstruction guidance: computed by
+ctrl/activations.py and not measured on any such card.
 
 Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
 blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps. `--check` compares the formula with the growth of a process on
@@ -17,7 +18,7 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, or as a module
 
 from ctrl import errors
-from ctrl.activations import DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.activations import DECODING, TEMPORARIES, guidance_mb, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
 from ctrl.measure import alone, status_mb
 from scripts.common import DEFAULTS, read_yaml
 
@@ -78,6 +79,13 @@ def computed(name: str, config: dict) -> dict:
         for card in CARDS:
             largest = max((b for b, mb in needed.items() if mb <= SHARE * card * 1e9 / 2**20), default=0)
             row[how][f"{card} GB"] = {"micro_batch_size": largest, "memory_mb": needed[largest or 1]}
+    needed = {
+        b: guidance_mb(fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"], b, 2) for b in (1, 2, 4, 8, 16)
+    }
+    row["reconstruction guidance"] = {}
+    for card in CARDS:
+        largest = max((b for b, mb in needed.items() if mb <= SHARE * card * 1e9 / 2**20), default=0)
+        row["reconstruction guidance"][f"{card} GB"] = {"batch_size": largest, "memory_mb": needed[largest or 1]}
     return row
 
 

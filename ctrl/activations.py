@@ -83,3 +83,11 @@ def training_mb(
     """
     unet_mb = micro_batch_size * passes * (kept + TEMPORARIES * whole_mb)
     return CONTEXT_MB + fixed_mb + max(unet_mb, DECODING * decode_mb) + micro_batch_size * latents_mb
+
+
+def guidance_mb(fixed_mb: float, whole_mb: float, decode_mb: float, batch_size: int, passes: int) -> float:
+    """The peak of reconstruction guidance in MB: a step's graph goes through the UNet and the decoder, for a whole batch at once.
+
+    context + weights + B · (passes · 1.65 · whole pass + 1.2 · decoding one image)
+    """
+    return CONTEXT_MB + fixed_mb + batch_size * (passes * (1 + TEMPORARIES) * whole_mb + DECODING * decode_mb)

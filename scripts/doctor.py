@@ -67,7 +67,8 @@ def diagnose(config: dict, pieces: dict, args: argparse.Namespace) -> tuple[dict
     """The classifier's gradient, its accuracy on generated and on held-out images; lines on both; settings that follow, if it is of use."""
     (base, process), classifier, space = pieces["base"], pieces["classifier"], pieces["labels"]
     cells, templates, scale = pieces["cells"], config["prompts"]["templates"]["train"], config["sampler"]["guidance_scale"]
-    log_prob, size, num = log_prob_of_latents(base, classifier), config["finetune"]["micro_batch_size"], args.num_trajectories
+    log_prob, num = log_prob_of_latents(base, classifier), args.num_trajectories
+    size = min(config["finetune"]["micro_batch_size"], config["sampler"]["batch_size"])  # its gradients are those of a guided method
     found, y = pretrained_gradients(base, process, log_prob, cells, templates, scale, num, size, config["seed"])
     continuous, timesteps = isinstance(space, Continuous), process.timesteps.tolist()
     asked, names = doctor_numbers.thirds(y, space.unit) if continuous else (y, doctor.titles(y, space))
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="sampler.batch_size")

@@ -25,11 +25,15 @@ def main() -> None:
     add_config_argument(parser)
     parser.add_argument("--methods", type=Path, default=Path("config/methods.tsv"), help="table of methods (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="folder whose finished jobs are not counted (default: results/{experiment})")
-    parser.add_argument("--num-images", type=int, default=32, help="images, and trajectories of an update, measured (default: %(default)s)")
+    parser.add_argument(
+        "--num-images", type=int, metavar="N",
+        help="images, and trajectories of an update, measured at a time (default: 32; no more than sampler.batch_size or micro_batch_size)",
+    )  # fmt: skip
     parser.add_argument("--cores", type=cores_of, default="all", help="of the run, as in `snakemake --cores` (default: %(default)s)")
     args = parser.parse_args()
     at_once = jobs_at_once(args.cores)
-    config, size = load_config(args), args.num_images
+    config = load_config(args)
+    size = args.num_images or min(32, config["sampler"]["batch_size"], config["finetune"]["micro_batch_size"])
     if config["base"]["kind"] != "stable_diffusion":
         raise errors.UserError("--config: the long run is of images; a Gaussian mixture has no estimate")
     methods = tables.read_methods(args.methods).to_dict("records")
@@ -81,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.main(main)
+    errors.main(main, lower="--num-images")

@@ -13,15 +13,17 @@ from tests.repository import ROOT
 @pytest.fixture(scope="module")
 def fitting():
     name = "Stable Diffusion 1.5"
-    return computed(name, MODELS[name])["blocks"]
+    return computed(name, MODELS[name])
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_preset_takes_the_largest_micro_batch_that_fits(card, fitting):
+def test_a_preset_takes_the_largest_batches_that_fit(card, fitting):
     preset = yaml.safe_load((ROOT / f"config/memory/{card}gb.yaml").read_text())
     assert preset["finetune"]["gradient_checkpointing"] == "blocks"
-    assert preset["finetune"]["micro_batch_size"] == fitting[f"{card} GB"]["micro_batch_size"]
-    assert fitting[f"{card} GB"]["memory_mb"] <= card * 1e9 / 2**20
+    training, guidance = (fitting[what][f"{card} GB"] for what in ("blocks", "reconstruction guidance"))
+    assert preset["finetune"]["micro_batch_size"] == training["micro_batch_size"]
+    assert preset["sampler"]["batch_size"] == guidance["batch_size"]
+    assert max(training["memory_mb"], guidance["memory_mb"]) <= card * 1e9 / 2**20
 
 
 @pytest.mark.parametrize("task", ["compressibility", "multitask", "continuous"])

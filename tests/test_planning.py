@@ -86,7 +86,7 @@ def test_the_long_run_adds_rows_and_the_sweep_of_gamma(repository):
     jobs = plan(repository, "paper")
     assert jobs["finetune"] == 8  # gamma 1, 3, 10 and 30, of which the configuration's is `ctrl`; and the four other adapters
     assert jobs["sample_val"] == 9  # the four of the sweep, four further strengths, and the reference
-    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (16, 15, 8)
+    assert (jobs["sample"], jobs["evaluate"], jobs["evaluate_val"]) == (18, 17, 8)
     assert jobs["tabulate"] == 2
     assert {"plot_sweep", "compare_strengths", "plot_figures", "plot_figures_paper"} <= set(jobs)
 
