@@ -131,6 +131,11 @@ def test_sizes_and_confusion(tmp_path, num_methods):
     assert size_of(tmp_path / "confusion.png")[1] == 477  # 3.18 inches
 
 
+def test_many_methods_go_into_bands(tmp_path):
+    labels.sizes({f"method_{k}": make().table for k in range(17)}, REPORT, tmp_path / "sizes.png")
+    assert size_of(tmp_path / "sizes.png") == (int(150 * (0.6 + 2.1 * 9) + 1e-6), 1380), "nine and eight, four labels each"
+
+
 def history(scale=1.0):
     rows = [
         {"update": u, "log_prob": -scale / u, "kl_nats": scale * u / 30, "var_log_w": 90.0 / u, "temperature": 4.0 / u}

@@ -30,12 +30,14 @@ from ctrl.figures.style import (
 from ctrl.labels import Factors
 from ctrl.targets import beyond
 
+ACROSS = 9  # methods side by side
+
 
 def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins: int = 48) -> None:
     """Histograms of the measured score: a column for each method, a row for each requested label, its bin shaded, the share in it.
 
-    tables: method -> table with the columns label (requested) and score. Several factors: `scatter_of_factors` instead; a continuous
-    label: `scatter_of_targets`.
+    More than ACROSS methods go into several bands, one below the other. tables: method -> table with the columns label (requested) and
+    score. Several factors: `scatter_of_factors` instead; a continuous label: `scatter_of_targets`.
     """
     if report.get("kind") == "continuous":
         return scatter_of_targets(tables, report, path)
@@ -48,11 +50,14 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
     counts = [max(1, round(num_bins * (b - a) / (high - low))) for a, b in pairwise(cuts)]
     grid = np.concatenate([*(np.linspace(a, b, n, endpoint=False) for (a, b), n in zip(pairwise(cuts), counts, strict=True)), [high]])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 2.1 * len(tables), 0.8 + 1.05 * num_classes), layout="constrained")
-        panels = figure.subplots(num_classes, len(tables), sharex=True, sharey="row", squeeze=False)
-        for column, (method, table) in enumerate(tables.items()):
+        bands = -(-len(tables) // ACROSS)
+        across = -(-len(tables) // bands)
+        figure = Figure(figsize=(0.6 + 2.1 * across, 0.8 + 1.05 * num_classes * bands), layout="constrained")
+        panels = figure.subplots(bands * num_classes, across, sharex=True, sharey="row", squeeze=False)
+        for k, (method, table) in enumerate(tables.items()):
+            first, column = num_classes * (k // across), k % across
             for y, (start, end) in enumerate(bins_of(report)):
-                axes, own = panels[y, column], table.loc[table["label"] == y, "score"].to_numpy()
+                axes, own = panels[first + y, column], table.loc[table["label"] == y, "score"].to_numpy()
                 axes.axvspan(max(start, low), min(end, high), color=colours[y], alpha=0.16, linewidth=0)
                 for edge in report["edges"]:
                     axes.axvline(edge, color="#777777", linewidth=0.6, linestyle=(0, (3, 2)))
@@ -67,7 +72,9 @@ def sizes(tables: Mapping[str, pd.DataFrame], report: dict, path: Path, num_bins
                     axes.text(0.97, 0.93, f"{share:.0%}", transform=axes.transAxes, ha="right", va="top", fontsize=8, bbox=box)
                 if column == 0:
                     axes.set_ylabel(f"label {y}\n{label_name(report, y)}", rotation=0, ha="right", va="center", labelpad=8)
-            panels[0, column].set_title(method_name(method), fontweight="bold")
+            panels[first, column].set_title(method_name(method), fontweight="bold")
+        for axes in panels[-num_classes:, len(tables) - across * (bands - 1) :].flat:
+            axes.set_axis_off()
         for axes in panels[:, 0]:  # room for the shares above the bars; a row has one y axis
             axes.set_ylim(top=1.35 * axes.get_ylim()[1])
         figure.supxlabel(f"measured {oracle_name(report)}   (shaded: what was asked for; dashed: edges of the bins)", fontsize=8)
