@@ -86,7 +86,9 @@ class Base:
         if spacing == "quadratic":
             timesteps = quadratic_timesteps(num_steps, len(scheduler.alphas_cumprod))
             return Process.from_alphas(scheduler.alphas_cumprod, timesteps, 1.0, eta)
-        return Process.from_ddim(scheduler, num_steps, eta)
+        scheduler.set_timesteps(num_steps)
+        alphas, timesteps, final = scheduler.alphas_cumprod, scheduler.timesteps.cpu(), float(scheduler.final_alpha_cumprod)
+        return Process.from_alphas(alphas, timesteps, final, eta, stride=len(alphas) // num_steps)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str | None]) -> Condition:

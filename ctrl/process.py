@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -44,23 +43,20 @@ class Process:
     eta: float = 1.0
 
     @classmethod
-    def from_alphas(cls, alphas_cumprod: Tensor, timesteps: Tensor, final_abar: float, eta: float = 1.0) -> "Process":
-        """`alphas_cumprod` of all training steps, the descending `timesteps` to visit, and ᾱ after the last of them."""
-        abar_t = alphas_cumprod.double()[timesteps]
-        abar_s = torch.cat([abar_t[1:], abar_t.new_tensor([final_abar])])
-        return cls(timesteps, abar_t, abar_s, eta)
+    def from_alphas(
+        cls, alphas_cumprod: Tensor, timesteps: Tensor, final_abar: float, eta: float = 1.0, stride: int | None = None
+    ) -> "Process":
+        """`alphas_cumprod` of all training steps, the descending `timesteps` to visit, and ᾱ after the last of them.
 
-    @classmethod
-    def from_ddim(cls, scheduler: DDIMScheduler, num_steps: int, eta: float = 1.0) -> "Process":
-        """`num_steps` as diffusers' DDIM takes them: each goes T // num_steps timesteps down, T being those of training.
-
-        Where `num_steps` does not divide T, that need not be where the next step begins.
+        `stride` is how many timesteps each step goes down, as in diffusers' DDIM: where the number of steps does not divide that of
+        training, it need not end where the next begins. None: to the next of the timesteps.
         """
-        scheduler.set_timesteps(num_steps)
-        alphas_cumprod, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.cpu()
-        ends = timesteps - len(alphas_cumprod) // num_steps
-        abar_s = torch.where(ends >= 0, alphas_cumprod[ends.clamp(min=0)], float(scheduler.final_alpha_cumprod))
-        return cls(timesteps, alphas_cumprod[timesteps], abar_s, eta)
+        alphas_cumprod = alphas_cumprod.double()
+        abar_t, final = alphas_cumprod[timesteps], alphas_cumprod.new_tensor([final_abar])
+        if stride is None:
+            return cls(timesteps, abar_t, torch.cat([abar_t[1:], final]), eta)
+        ends = timesteps - stride
+        return cls(timesteps, abar_t, torch.where(ends >= 0, alphas_cumprod[ends.clamp(min=0)], final), eta)
 
     @property
     def num_steps(self) -> int:

@@ -22,7 +22,7 @@ from ctrl.guidance.particles import resample, smc, svdd
 from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.io import read_json
 from ctrl.process import Process
-from ctrl.sampling import noise_of
+from ctrl.sampling import noise_of, path_statistics
 from scripts.loading import adapter_denoiser, guidance_log_prob, label_guidance_denoiser, log_prob_of_latents, pretrained_denoiser
 
 # The values of methods.tsv's column `guidance`: denoisers that wrap a denoiser.
@@ -107,8 +107,10 @@ def resampled_draw(base: Base, process: Process, config: dict, args: argparse.Na
         raise UserError(f"{args.adapter} was trained without a KL: there is no p(x | c) p(y | x)^gamma to weight its paths by")
     psi, active = adapter_denoiser(control, process, config, args.strength), control.active(process)
 
+    @torch.no_grad()
     def choose(prompts: list[str], labels: Tensor, noise: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         pre = control.base_denoiser(process, prompts, scale)
-        return resample(process, psi(prompts, labels), pre, lambda x_0: log_prob(x_0, labels), noise, num, gamma, generators, active)
+        x, _, log_ratio = path_statistics(process, psi(prompts, labels), pre, noise, active)
+        return resample(x, gamma * log_prob(x, labels) - log_ratio, num, generators)
 
     return draw_of_particles(base, process, config["sampler"]["batch_size"], num, choose)

@@ -14,7 +14,7 @@ from ctrl.errors import UserError
 from ctrl.generate import denoised, generate
 from ctrl.guidance.particles import resample, smc, svdd, systematic
 from ctrl.process import Process
-from ctrl.sampling import sample
+from ctrl.sampling import path_statistics, sample
 from scripts.guided import particle_draw, resampled_draw
 from tests.test_control import save, scramble
 
@@ -76,10 +76,15 @@ def conditional(mean, variance):
     return denoiser
 
 
+def resampled_paths(psi, images, candidates, gamma):
+    x, _, log_ratio = path_statistics(PROCESS, psi, denoiser, noise_for(images, candidates))
+    return resample(x, gamma * log_prob(x) - log_ratio, candidates, generators(images))
+
+
 @pytest.mark.parametrize("psi", [denoiser, conditional(0.8, 0.6)], ids=["pretrained", "near"])
 def test_many_paths_of_any_model_are_weighted_to_the_exact_law(psi):
     """From the pretrained model, and from one that only comes near: to what the sampler's own N(0, v) becomes with exp(−2 (x − 1.5)²)."""
-    x, sizes = resample(PROCESS, psi, denoiser, log_prob, noise_for(2000, 64), 64, 2.0, generators(2000))
+    x, sizes = resampled_paths(psi, 2000, 64, 2.0)
     assert x.shape == (2000, 1) and sizes.shape == (1, 2000) and ((sizes >= 1) & (sizes <= 64.001)).all()
     one, zero, v = torch.ones(1, 1), torch.zeros(1, 1), 1.0
     for i in range(PROCESS.num_steps):  # each step is linear
@@ -90,18 +95,15 @@ def test_many_paths_of_any_model_are_weighted_to_the_exact_law(psi):
 
 def test_the_nearer_the_model_the_larger_the_effective_sample():
     """Nowhere all of the paths: a controlled step cannot narrow its law. By hand at gamma 0: no path is better than another."""
-    noise = noise_for(200, 16)
-    mean_size = [
-        resample(PROCESS, psi, denoiser, log_prob, noise, 16, 2.0, generators(200))[1].mean().item()
-        for psi in (denoiser, conditional(0.8, 0.6), conditional(1.2, 0.2))
-    ]
+    models = (denoiser, conditional(0.8, 0.6), conditional(1.2, 0.2))
+    mean_size = [resampled_paths(psi, 200, 16, 2.0)[1].mean().item() for psi in models]
     assert 1 < mean_size[0] < mean_size[1] < mean_size[2] <= 16
-    assert torch.allclose(resample(PROCESS, denoiser, denoiser, log_prob, noise, 16, 0.0, generators(200))[1], torch.tensor(16.0).double())
+    assert torch.allclose(resampled_paths(denoiser, 200, 16, 0.0)[1], torch.tensor(16.0).double())
 
 
 def test_one_path_is_the_models_own():
-    psi, noise = conditional(0.8, 0.6), noise_for(6, 1)
-    assert torch.equal(resample(PROCESS, psi, denoiser, log_prob, noise, 1, 3.0, generators(6))[0], sample(PROCESS, psi, noise))
+    psi = conditional(0.8, 0.6)
+    assert torch.equal(resampled_paths(psi, 6, 1, 3.0)[0], sample(PROCESS, psi, noise_for(6, 1)))
 
 
 def test_systematic_resampling_by_hand():

@@ -17,7 +17,9 @@ def scheduler():
 
 
 def process_of(scheduler, num_steps=10, eta=1.0):
-    return Process.from_ddim(scheduler, num_steps, eta)
+    scheduler.set_timesteps(num_steps)
+    alphas, final = scheduler.alphas_cumprod, float(scheduler.final_alpha_cumprod)
+    return Process.from_alphas(alphas, scheduler.timesteps, final, eta, stride=len(alphas) // num_steps)
 
 
 def test_one_step_by_hand():

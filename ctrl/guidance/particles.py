@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ctrl.process import Denoiser, Process
-from ctrl.sampling import path_statistics
 
 LogProb = Callable[[Tensor], Tensor]
 
@@ -69,19 +68,14 @@ def one_of_each(x: Tensor, weights: Tensor, generators: Sequence[torch.Generator
     return x.view(batch, count, *x.shape[1:])[torch.arange(batch), chosen.to(x.device)]
 
 
-def resample(
-    process: Process, psi: Denoiser, pre: Denoiser, log_prob: LogProb, noise: Tensor, num_candidates: int, gamma: float,
-    generators: Sequence[torch.Generator], active: Sequence[bool] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def resample(x: Tensor, log_w: Tensor, num_candidates: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """One x_0 for each of B images with shape (B, *), and the effective sample size of its M paths, of 1 … M, with shape (1, B).
 
-    M is `num_candidates`; `noise`, `log_prob` and `generators` are as in `smc`, `active` as in `path_statistics`. At the optimum of
-    `gamma`, where log w is the same for all paths, the effective sample size is M.
+    `x` with shape (B · M, *) are the ends of paths of a controlled model, M = `num_candidates` an image, side by side; `log_w` with shape
+    (B · M,) their gamma · log p̂ − log psi(path) / pre(path); `generators` as in `smc`. At the optimum of gamma, where log w is the same
+    for all paths, the effective sample size is M.
     """
-    with torch.no_grad():
-        x, _, log_ratio = path_statistics(process, psi, pre, noise, active)
-        log_w = (gamma * log_prob(x) - log_ratio).double().cpu()
-    weights = log_w.view(-1, num_candidates).softmax(1)
+    weights = log_w.double().cpu().view(-1, num_candidates).softmax(1)
     return one_of_each(x, weights, generators), 1 / weights.square().sum(1)[None]
 
 
