@@ -5,7 +5,8 @@
 #        results/{experiment}/samples_val/{method}  on validation prompts, to choose settings by; `rejection` is the reference there
 
 
-MANY = {"particles": ["particles", "finetune.gamma"], "resampled": ["candidates"]}  # what the families with many particles an image depend on
+# What families with many particles an image depend on besides.
+MANY = {"particles": ["particles", "finetune.gamma"], "resampled": ["candidates"]}
 
 
 rule sample:
