@@ -75,18 +75,19 @@ def computed(name: str, config: dict) -> dict:
     for how, kept in unet_mb.items():
         whole = unet_mb["whole passes"]
         needed = {b: training_mb(fixed, kept, whole, decode_mb[how], latents_mb, b, 2) for b in (1, 2, 4, 8, 16, 32, 64)}
-        row[how] = {}
-        for card in CARDS:
-            largest = max((b for b, mb in needed.items() if mb <= SHARE * card * 1e9 / 2**20), default=0)
-            row[how][f"{card} GB"] = {"micro_batch_size": largest, "memory_mb": needed[largest or 1]}
-    needed = {
-        b: guidance_mb(fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"], b, 2) for b in (1, 2, 4, 8, 16)
-    }
-    row["reconstruction guidance"] = {}
+        row[how] = fitting(needed, "micro_batch_size")
+    frozen, whole, decoded = fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"]
+    needed = {b: guidance_mb(frozen, whole, decoded, b, 2) for b in (1, 2, 4, 8, 16)}
+    return row | {"reconstruction guidance": fitting(needed, "batch_size")}
+
+
+def fitting(needed: dict[int, float], name: str) -> dict[str, dict]:
+    """Of each card the largest batch, as `name`, whose MB are within SHARE of it (0: none), and what that one, or 1, takes."""
+    found = {}
     for card in CARDS:
         largest = max((b for b, mb in needed.items() if mb <= SHARE * card * 1e9 / 2**20), default=0)
-        row["reconstruction guidance"][f"{card} GB"] = {"batch_size": largest, "memory_mb": needed[largest or 1]}
-    return row
+        found[f"{card} GB"] = {name: largest, "memory_mb": needed[largest or 1]}
+    return found
 
 
 def growth(what: str, by_blocks: bool) -> float:
