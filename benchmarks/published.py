@@ -47,9 +47,9 @@ def published_gradient(task: Task, pretrained: Base, log_prob: LogProb, config: 
     def gradient(update: int) -> dict[str, float]:
         batch, loss = batch_of(update), 0.0
         for rows in torch.arange(size).split(micro):
-            part = batch.part(task, rows, False)
-            x_0, kl = trajectories([batch.prompts[k] for k in rows], part[3], part[4], batch.generator)
-            value = (config["kl_weight"] * kl - config["gamma"] * log_prob(x_0, part[3], 1.0).mean()) * len(rows) / size
+            _, y, noise = batch.part(task, rows, False)
+            x_0, kl = trajectories([batch.prompts[k] for k in rows], y, noise, batch.generator)
+            value = (config["kl_weight"] * kl - config["gamma"] * log_prob(x_0, y, 1.0).mean()) * len(rows) / size
             if value.requires_grad:  # with few steps it happens that all of them are detached
                 value.backward()
             loss += value.item()

@@ -128,20 +128,19 @@ class Base:
     def guided(self, process: Process, prompts: Sequence[str], guidance_scale: float, labels: Tensor | None, null: int | None) -> Denoiser:
         """eps(∅, ∅) + guidance_scale · (eps(c, y) − eps(∅, ∅)), both in one batch; at a scale of 1 only eps(c, y) is computed.
 
-        `labels` go to the UNet's class embedding, `null` is its row for ∅; both are None for a UNet without one.
+        `labels` go to the UNet's class embedding, `null` is its row for ∅; both are None for a UNet without one. The two rows of an image
+        lie side by side, so that a half of the images is a half of the batch.
         """
-        condition = self.encode(prompts if guidance_scale == 1 else [*[None] * len(prompts), *prompts])
-        if guidance_scale != 1:
-            labels = None if labels is None else torch.cat([torch.full_like(labels, null), labels])
+        if guidance_scale == 1:
+            condition = self.encode(prompts)
+            return lambda x_t, i: self.eps(x_t, process.timesteps[i].expand(len(x_t)).to(x_t.device), condition, labels)
+        condition = self.encode([each for prompt in prompts for each in (None, prompt)])
+        labels = None if labels is None else torch.stack([torch.full_like(labels, null), labels], 1).flatten()
 
         def denoiser(x_t: Tensor, i: int | Tensor) -> Tensor:
-            x, t = x_t, process.timesteps[i].expand(len(x_t)).to(x_t.device)
-            if guidance_scale != 1:
-                x, t = torch.cat([x, x]), torch.cat([t, t])
-            eps = self.eps(x, t, condition, labels)
-            if guidance_scale == 1:
-                return eps
-            empty, prompted = eps.chunk(2)
+            t = process.timesteps[i].expand(len(x_t)).to(x_t.device)
+            eps = self.eps(x_t.repeat_interleave(2, 0), t.repeat_interleave(2), condition, labels)
+            empty, prompted = eps.unflatten(0, (-1, 2)).unbind(1)
             return empty + guidance_scale * (prompted - empty)
 
         return denoiser

@@ -1,14 +1,15 @@
 """The augmented model: LoRA and a label embedding on a pretrained UNet, which at the start *is* the pretrained model, bit for bit.
 
-Both live in the pretrained network itself, and `pretrained()` switches them off: there is no second copy of the base.
+Both live in the pretrained network itself, and `lora_on` switches them off: there is no second copy of the base.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -22,6 +23,7 @@ from ctrl.embedding import FourierEmbedding, LabelEmbedding
 from ctrl.errors import UserError
 from ctrl.io import canonical, save_tensors, write_bytes
 from ctrl.labels import Continuous, Factors
+from ctrl.lora import ADAPTER, install
 from ctrl.process import Denoiser, Process
 
 
@@ -49,7 +51,7 @@ class Control:
             torch.manual_seed(seed)
             lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
             try:
-                unet.add_adapter(lora, "ctrl")
+                unet.add_adapter(lora, ADAPTER)
             except ValueError as error:
                 raise UserError(f"finetune.lora.target_modules: {error}") from error
         width = unet.time_embedding.linear_2.out_features
@@ -58,8 +60,8 @@ class Control:
         else:
             unet.class_embedding = LabelEmbedding(space, width, base.device)
         self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
-        self._merged: list[tuple[nn.Module, dict[bool, Tensor]]] = []
-        self._on = True
+        self._lora = install(self._layers)
+        self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -74,13 +76,13 @@ class Control:
         return [{"params": lora, "lr": learning_rate}, {"params": embedding, "lr": embedding_learning_rate}]
 
     @contextmanager
-    def pretrained(self) -> Iterator[None]:
-        """Inside, LoRA is off. (PEFT's own switch would also freeze the weights; this one leaves `requires_grad` alone.)"""
-        self._switch(False)
+    def lora_on(self, rows: Literal["none", "half"]) -> Iterator[None]:
+        """Inside, LoRA is off for all rows of a batch, or for the first half: there the network is the pretrained one."""
+        self._switch(rows)
         try:
             yield
         finally:
-            self._switch(True)
+            self._switch("all")
 
     def recompute_blocks(self) -> None:
         """From now on a pass keeps what goes into each of the network's blocks alone; what is inside is computed again on the way back.
@@ -90,10 +92,10 @@ class Control:
         parameters = list(self.parameters().values())
 
         def checkpoint(block: nn.Module, *arguments):
-            was = self._on, parameters[0].requires_grad
+            was = self._lora.on, parameters[0].requires_grad
 
             def again(*arguments):
-                now = self._on, parameters[0].requires_grad
+                now = self._lora.on, parameters[0].requires_grad
                 self._restore(parameters, *was)
                 try:
                     return block(*arguments)
@@ -104,17 +106,15 @@ class Control:
 
         self.base.unet.enable_gradient_checkpointing(checkpoint)
 
-    def _restore(self, parameters: Sequence[nn.Parameter], on: bool, trained: bool) -> None:
-        if on != self._on:
+    def _restore(self, parameters: Sequence[nn.Parameter], on: str, trained: bool) -> None:
+        if on != self._lora.on:
             self._switch(on)
         if trained != parameters[0].requires_grad:
             for parameter in parameters:
                 parameter.requires_grad_(trained)
 
-    def _switch(self, on: bool) -> None:
-        self._on = on
-        for layer in self._layers:
-            layer._disable_adapters = not on
+    def _switch(self, on: str) -> None:
+        self._lora.on = on
         for module, weights in self._merged:
             module.weight.data = weights[on]
 
@@ -122,15 +122,15 @@ class Control:
     def merge(self) -> "Control":
         """For sampling alone: LoRA added to the weights once, so that a pass costs what the pretrained model's costs; returns itself.
 
-        The pretrained weights are kept beside the merged ones, and take turns with them: inside `pretrained()` the model is still the
+        The pretrained weights are kept beside the merged ones, and take turns with them: inside `lora_on("none")` the model is still the
         pretrained one, bit for bit. The LoRA layers themselves are gone from the network: there is nothing left to train or to save.
         """
         for name, layer in [(n, m) for n, m in self.base.unet.named_modules() if isinstance(m, BaseTunerLayer)]:
-            module, delta = layer.get_base_layer(), layer.get_delta_weight("ctrl")
-            self._merged.append((module, {False: module.weight.data, True: module.weight.data + delta.to(module.weight)}))
+            module, delta = layer.get_base_layer(), layer.get_delta_weight(ADAPTER)
+            self._merged.append((module, {"none": module.weight.data, "all": module.weight.data + delta.to(module.weight)}))
             self.base.unet.set_submodule(name, module)
         self._layers = []
-        self._switch(True)
+        self._switch("all")
         return self
 
     def base_denoiser(self, process: Process, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
@@ -139,7 +139,7 @@ class Control:
         eps = self.base.guided(process, prompts, guidance_scale, labels, self.null)
 
         def denoiser(x_t: Tensor, i: int) -> Tensor:
-            with self.pretrained():
+            with self.lora_on("none"):
                 return eps(x_t, i)
 
         return denoiser
@@ -168,6 +168,24 @@ class Control:
 
         return denoiser
 
+    def both(
+        self, process: Process, prompts: Sequence[str], labels: Tensor, guidance_scale: float = 1.0
+    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """The augmented and the pretrained model at the same x_t, in one batch: eps_psi and eps_pre, at a step where the control acts.
+
+        Not after `merge`: merged weights are those of one model at a time.
+        """
+        labels = self.space.check_codes(labels, len(prompts)).to(self.base.device)
+        labels = torch.cat([torch.full_like(labels, self.null), labels])
+        eps = self.base.guided(process, [*prompts, *prompts], guidance_scale, labels, self.null)
+
+        def denoisers(x_t: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            with self.lora_on("half"):
+                eps_pre, eps_psi = eps(torch.cat([x_t, x_t]), i).chunk(2)
+            return eps_psi, eps_pre
+
+        return denoisers
+
     def guided_denoiser(
         self, process: Process, prompts: Sequence[str], labels: Tensor, scale: float, guidance_scale: float = 1.0
     ) -> Denoiser:
@@ -192,8 +210,8 @@ class Control:
     def save(self, folder: Path) -> None:
         """Writes the LoRA as diffusers reads it, and the label embedding beside it, into an existing folder."""
         unet = self.base.unet
-        lora = get_peft_model_state_dict(unet, adapter_name="ctrl")
-        metadata = unet.peft_config["ctrl"].to_dict()  # carries lora_alpha, which is lost without it
+        lora = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+        metadata = unet.peft_config[ADAPTER].to_dict()  # carries lora_alpha, which is lost without it
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set's order changes from process to process
         with TemporaryDirectory() as temporary:  # diffusers writes in place: a killed run would leave half a file
             self.base.pipe.save_lora_weights(temporary, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
@@ -216,7 +234,7 @@ def load(base: Base, folder: str | Path) -> Control:
     space = space_of_adapter(described)
     control = Control(base, space, described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
     state = {key.removeprefix("unet."): value for key, value in lora.items()}
-    unexpected = set_peft_model_state_dict(base.unet, state, adapter_name="ctrl").unexpected_keys
+    unexpected = set_peft_model_state_dict(base.unet, state, adapter_name=ADAPTER).unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):
         raise UserError(f"{folder / LORA_FILE}: its layers are not those that {folder / 'adapter.json'} describes; train it again")
     base.unet.class_embedding.load_state_dict(embedding)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, int], Tensor]
+Pair = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # what psi and pre say of the same x_t, in one batch
 
 
 def quadratic_timesteps(num_steps: int, num_train: int = 1000) -> Tensor:

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ctrl").rglob("*.py"))
 LEAVES = ["process", "labels", "oracles", "metrics", "io"]
 ONLY = {  # package: the modules of ctrl that may import it
     "diffusers": {"base", "base_files", "pretrain", "pipeline"},
-    "peft": {"control"},
+    "peft": {"control", "lora"},
     "mlflow": {"mlflow_client"},
     "snakemake": set(),
     "dvc": set(),

@@ -60,6 +60,27 @@ def test_the_base_is_still_there_after_training(base, process, noise):
     assert not torch.allclose(sample(process, control.denoiser(process, PROMPTS, LABELS, 2.0), noise), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_both_models_in_one_batch_say_what_each_says_alone(base, process, noise, guidance_scale):
+    """And have the same gradients, while neither counts a pass less."""
+    control = Control(base, 3, 4, ["to_q", "to_v", "conv1", "ff.net.2", "time_emb_proj"])
+    scramble(control)
+    psi, pre = control.denoiser(process, PROMPTS, LABELS, guidance_scale), control.base_denoiser(process, PROMPTS, guidance_scale)
+
+    def found(pair):
+        x, before = noise[0].clone().requires_grad_(), (base.passes.forward, base.passes.backward)
+        eps_psi, eps_pre = pair(x, 1)
+        gradients = torch.autograd.grad((eps_psi * noise[1] + eps_pre * noise[2]).sum(), [x, *control.parameters().values()])
+        return [eps_psi, eps_pre, *gradients], (base.passes.forward - before[0], base.passes.backward - before[1])
+
+    together, passes = found(control.both(process, PROMPTS, LABELS, guidance_scale))
+    apart, passes_apart = found(lambda x, i: (psi(x, i), pre(x, i)))
+    assert all(torch.allclose(a, b, atol=1e-5 * float(b.abs().max())) for a, b in zip(together, apart, strict=True))
+    assert passes == passes_apart == (6 * (1 + (guidance_scale != 1)),) * 2
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    assert torch.equal(psi(noise[0], 1), apart[0].detach()), "LoRA is on all rows again"
+
+
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_merged_it_draws_the_same_and_the_base_is_still_there(base, process, noise, strength):
     before = sample(process, base.denoiser(process, PROMPTS), noise)

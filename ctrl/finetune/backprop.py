@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ctrl.process import Denoiser, Process
+from ctrl.process import Denoiser, Pair, Process
 
 
 def backprop(
@@ -34,6 +34,7 @@ def backprop(
     weights: Sequence[float] | None = None,
     held: Denoiser | None = None,
     recompute: Callable[[Denoiser], Denoiser] | None = None,
+    both: Pair | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
@@ -43,6 +44,7 @@ def backprop(
     `weights` multiply each step's KL (see `objective.term_weights`); where one is 0, pre is not run. `held` is psi with its parameters held
     (see `objective.hold`): it takes the noise of the trajectories out of the gradient, for one more pass a step. `recompute` makes of a
     denoiser one that keeps no activations; it is for the steps that are followed: the graph of another is gone before the next pass.
+    `both` is psi and pre in one batch, for less time: it is asked where the gradient of both is needed.
     Returns log_prob, kl_nats, log_ratio (log psi/pre of the path; NaN where steps were left out) and x_0, detached.
     """
     num_steps, x = process.num_steps, noise[0]
@@ -58,14 +60,17 @@ def backprop(
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
         weight = 1.0 if weights is None else weights[i]
-        with torch.set_grad_enabled(not freed or (kl_weight > 0 and weight != 0)):
-            eps = psi(x, i)
-        if weight == 0:
+        if both is not None and x.requires_grad and kl_weight > 0 and weight != 0:
+            eps, eps_pre = both(x, i)
+        else:
+            with torch.set_grad_enabled(not freed or (kl_weight > 0 and weight != 0)):
+                eps = psi(x, i)
+            with torch.set_grad_enabled(x.requires_grad and kl_weight > 0):  # without a KL pre is a figure to report, and no more
+                eps_pre = pre(x, i) if weight != 0 else None
+        if eps_pre is None:
             log_ratio = log_ratio + torch.nan
             x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
             continue
-        with torch.set_grad_enabled(x.requires_grad and kl_weight > 0):  # without a KL pre is a figure to report, and no more
-            eps_pre = pre(x, i)
         kl_i = weight * process.kl(i, eps if kl_weight > 0 else eps.detach(), eps_pre)
         kl = kl + kl_i.detach()
         if held is not None and kl_weight and x.requires_grad:

@@ -35,7 +35,8 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     dimensions = math.prod(task.control.base.latent_shape)
     optimum = effective_gamma(gamma, config["kl_weight"], config["kl_reduction"], dimensions)  # log w is constant at its optimum
     # With blocks, whole passes too. No graph of adjoint matching spans two steps: to compute a pass again would save nothing there.
-    again = {"recompute": recomputed} if config["gradient_checkpointing"] and config["trainer"] == "backprop" else {}
+    backward = config["trainer"] == "backprop"
+    again = {"recompute": recomputed} if config["gradient_checkpointing"] and backward else {}
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 
     def gradient(update: int) -> dict[str, float]:
@@ -48,12 +49,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, held, y, noise = batch.part(task, rows, switch)
+            (psi, pre, held, both), y, noise = batch.part(task, rows, switch)
+            pair = {"both": both} if backward and not again else {}  # to compute both again would take twice the memory
             parts.append(
                 TRAINERS[config["trainer"]](
                     batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
                     active=active, max_adjoint_norm=max_adjoint_norm, weights=weights, held=held if config["control_variate"] else None,
-                    **{key: k[rows] for key, k in cut.items()}, **again,
+                    **{key: k[rows] for key, k in cut.items()}, **again, **pair,
                 )
             )  # fmt: skip
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
@@ -115,8 +117,8 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
     def collect(update: int) -> None:
         batch, paths, rewards = batch_of(update), [], []
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, _, y, noise = batch.part(task, rows, switch)
-            paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))
+            (psi, pre, _, _), y, noise = batch.part(task, rows, switch)
+            paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))  # psi alone, as its ratio is asked
             with torch.no_grad():
                 rewards.append(reward(paths[-1]["x_0"], y, 1.0).to(noise))
         r, kl = gathered(torch.cat(rewards), size), gathered(torch.cat([path["kl_nats"] for path in paths], 1), size, 1)
@@ -132,7 +134,7 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
             collect(update)
         batch, clipped = held["batch"], []
         for rows, path in zip(rows_of(size).split(config["micro_batch_size"]), held["paths"], strict=True):
-            psi = batch.part(task, rows, switch)[0]
+            psi = batch.part(task, rows, switch)[0].psi
             found = policy_gradient(
                 batch.process, psi, path, held["advantage"][:, rows], settings["clip"], kl_weight, 1 / size,
                 task.control.active(batch.process),
@@ -159,7 +161,7 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
     before, m = batch_of(-1), 0.0  # no update draws these trajectories; a run that goes on measures them again
     for rows in torch.arange(size).split(config["micro_batch_size"]):
-        _, pre, _, _, noise = before.part(task, rows, switch)
+        (_, pre, _, _), _, noise = before.part(task, rows, switch)
         m += len(rows) / size * information(before.process, pre, noise, control.active(before.process))
 
     def gradient(update: int) -> dict[str, float]:
@@ -167,7 +169,7 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
         active = control.active(batch.process)
         drawn = levels(active, num_levels, (size, *control.base.latent_shape), batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            psi, pre, _, y, noise = batch.part(task, rows, switch)
+            (psi, pre, _, _), y, noise = batch.part(task, rows, switch)
             pre = recomputed(pre) if recompute else pre  # the one graph here that spans several steps: those without control
             parts.append(
                 efficient_adjoint(

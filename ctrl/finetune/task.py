@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ctrl.control import Control
 from ctrl.finetune.objective import hold, within_cell_variance
 from ctrl.finetune.speed import autocast
 from ctrl.pairs import draw
-from ctrl.process import Denoiser, Process
+from ctrl.process import Denoiser, Pair, Process
 from ctrl.sampling import noise_of
 
 Cells = Sequence[tuple[str, int]] | Sequence[tuple[str, tuple[float, float]]]
@@ -41,6 +42,15 @@ class Examples:
     labels: Tensor
 
 
+class Policies(NamedTuple):
+    """The controlled model, the pretrained one, the former with its parameters held, and the first two in one batch."""
+
+    psi: Denoiser
+    pre: Denoiser
+    held: Denoiser
+    both: Pair
+
+
 @dataclass(frozen=True)
 class Batch:
     """The trajectories of an update: their process, of long or of the sampler's own steps, prompts, subjects, labels and seeds."""
@@ -52,14 +62,14 @@ class Batch:
     seeds: Tensor
     generator: torch.Generator
 
-    def part(self, task: Task, rows: Tensor, switch: bool | str) -> tuple[Denoiser, Denoiser, Denoiser, Tensor, Tensor]:
-        """psi, pre, psi with its parameters held, labels and noise of the trajectories `rows`; `switch` is that of autocast."""
+    def part(self, task: Task, rows: Tensor, switch: bool | str) -> tuple[Policies, Tensor, Tensor]:
+        """Policies, labels and noise of the trajectories `rows`; `switch` is that of autocast."""
         control, prompts, y = task.control, [self.prompts[k] for k in rows], self.labels[rows].to(task.control.base.device)
         psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
-        denoisers = [autocast(d, switch, control.base.device) for d in (psi, pre, hold(psi, control.parameters().values()))]
-        return (*denoisers, y, noise)
+        denoisers = psi, pre, hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
+        return Policies(*(autocast(d, switch, control.base.device) for d in denoisers)), y, noise
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
         """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""
