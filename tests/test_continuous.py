@@ -226,7 +226,7 @@ def test_errors_by_hand():
     assert targets.figures_beyond(table[apart].reset_index(), lambda f: f(torch.arange(1))) == pytest.approx(
         {"mae_beyond": 0.1, "rmse_beyond": 0.1}
     )
-    assert choose_setting([{"r2": r, "kid_rejection_within": k} for r, k in ((0.5, 0.0), (0.9, 0.2), (0.89, 0.1))])["r2"] == 0.89
+    assert choose_setting([{"r2": r, "kid_rejection": k} for r, k in ((0.5, 0.0), (0.9, 0.2), (0.89, 0.1))])["r2"] == 0.89
 
 
 def test_rejection_takes_what_is_near_enough(base):

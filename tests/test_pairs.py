@@ -61,5 +61,5 @@ def test_table_of_subjects_has_its_own_seed_for_each_row():
 
 def test_chosen_setting_is_nearest_to_the_law_among_the_accurate():
     rows = [(1, 0.50, 0.0), (2, 0.93, 0.5), (3, 0.94, 0.9), (4, 0.90, 0.1)]
-    sweep = [{"scale": s, "accuracy": a, "kid_rejection_within": k} for s, a, k in rows]
+    sweep = [{"scale": s, "accuracy": a, "kid_rejection": k} for s, a, k in rows]
     assert choose_setting(sweep)["scale"] == 2
