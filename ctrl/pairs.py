@@ -128,14 +128,3 @@ def table_of_subjects(subjects: Sequence[str], templates: Sequence[str], per_sub
     rows = [(templates[k % len(templates)].format(s), s, -1) for s in subjects for k in range(per_subject)]
     table = pd.DataFrame(rows, columns=["prompt", "subject", "label"])
     return table.assign(seed=range(first_seed, first_seed + len(table)))
-
-
-def choose_setting(sweep: Sequence[dict], tolerance: float = 0.02) -> dict:
-    """The row that validation prompts choose, by one rule for every method that has a scale to tune.
-
-    Of the settings whose accuracy (of a continuous label: R²) is within `tolerance` of the best, the one nearest to the exact law by
-    `kid_rejection`, of all images together: so few in each prompt and label say next to nothing of the distance within them.
-    """
-    name = "accuracy" if "accuracy" in sweep[0] else "r2"
-    best = max(row[name] for row in sweep)
-    return min((row for row in sweep if row[name] >= best - tolerance), key=lambda row: row["kid_rejection"])

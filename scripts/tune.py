@@ -14,8 +14,9 @@ from ctrl.figures.curves import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
 from ctrl.labels import factors_of
-from ctrl.pairs import SEED_OFFSETS, choose_setting
+from ctrl.pairs import SEED_OFFSETS
 from ctrl.tracking import run
+from ctrl.tuning import choose_setting
 from scripts.cells import load_requests
 from scripts.common import add_config_argument, load_config
 from scripts.guided import guidance_denoiser

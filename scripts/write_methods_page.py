@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctrl import efficiency, errors, methods_page, strength_page, tables
+from ctrl import efficiency, errors, methods_page, strength_page, tables, tuning_page
 from ctrl.io import read_json, write_text
 from scripts.common import DEFAULTS, add_config_argument, load_config
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help="samples.json of the methods, for the devices")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="adapter.json of the adapters, for the devices")
     parser.add_argument("--command", required=True, help="the command that made the results")
+    parser.add_argument("--tuning", type=Path, nargs="*", default=[], help="JSON of scripts/tune.py, for a section on the scales")
     parser.add_argument("--strength", type=Path, help="CSV of scripts/compare_strengths.py, for the section on the strength dial")
     parser.add_argument("--efficiency", type=Path, help="sample_efficiency.csv of scripts/plot_efficiency.py, for a section on it")
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="pictures to show")
@@ -49,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     config, defaults = load_config(args), load_config(argparse.Namespace(config=[DEFAULTS]))
     table = read_table(args.table, "--table", {"method", "n"}, "scripts/tabulate_results.py")
-    sections = []
+    sections = [tuning_page.section([read_json(path) for path in args.tuning])] if args.tuning else []
     if args.strength:
         columns = {"dial", "setting", "gamma", "n", "nearest_gamma"}
         sections.append(strength_page.section(read_table(args.strength, "--strength", columns, "scripts/compare_strengths.py")))

@@ -22,7 +22,7 @@ from ctrl.errors import UserError
 from ctrl.heads import GaussianHead
 from ctrl.labels import Continuous
 from ctrl.oracles import to_pil
-from ctrl.pairs import choose_setting, draw, possible_ranges, table_of_targets
+from ctrl.pairs import draw, possible_ranges, table_of_targets
 from ctrl.sampling import noise_of, sample
 from tests.trained import TRAINED
 
@@ -226,7 +226,6 @@ def test_errors_by_hand():
     assert targets.figures_beyond(table[apart].reset_index(), lambda f: f(torch.arange(1))) == pytest.approx(
         {"mae_beyond": 0.1, "rmse_beyond": 0.1}
     )
-    assert choose_setting([{"r2": r, "kid_rejection": k} for r, k in ((0.5, 0.0), (0.9, 0.2), (0.89, 0.1))])["r2"] == 0.89
 
 
 def test_rejection_takes_what_is_near_enough(base):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctrl.errors import UserError
-from ctrl.pairs import SEED_OFFSETS, choose_setting, draw, possible_cells, stream_of, table_of_cells, table_of_subjects
+from ctrl.pairs import SEED_OFFSETS, draw, possible_cells, stream_of, table_of_cells, table_of_subjects
 
 CELLS = [("coat", 0), ("bag", 0), ("coat", 1)]
 
@@ -57,9 +57,3 @@ def test_no_two_streams_of_seeds_meet_however_many_prompts_there_are():
 def test_table_of_subjects_has_its_own_seed_for_each_row():
     table = table_of_subjects(["coat", "bag"], ["{}"], 3, 7)
     assert table["seed"].tolist() == list(range(7, 13)) and (table["label"] == -1).all()
-
-
-def test_chosen_setting_is_nearest_to_the_law_among_the_accurate():
-    rows = [(1, 0.50, 0.0), (2, 0.93, 0.5), (3, 0.94, 0.9), (4, 0.90, 0.1)]
-    sweep = [{"scale": s, "accuracy": a, "kid_rejection": k} for s, a, k in rows]
-    assert choose_setting(sweep)["scale"] == 2

@@ -40,6 +40,7 @@ EXEMPT = {  # imported, but without a say in the result of these rules
                 "evaluation",
                 "features",
                 "heads",
+                "lora",
                 "metrics",
                 "networks",
                 "oracles",

@@ -56,7 +56,7 @@ ORACLES = lib("oracles scoring bins aesthetic own clip judge classifier heads ne
 CLASSIFIER, PICTURES = lib("labels") + ORACLES, lib("curves labels pictures style", "ctrl/figures")
 CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
 GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))
-CONTROL = [*lib("control adapter_files embedding finetune/objective"), *CLASSIFIER]
+CONTROL = [*lib("control lora adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 DATA, EVALUATION = lib("data columns pictures"), [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 CODE = {
@@ -69,7 +69,7 @@ CODE = {
     "train_noisy_classifier": ["scripts/train_noisy_classifier.py", *CORE, *DATA, "ctrl/noisy.py"],
     "estimate_cells": ["scripts/estimate_cells.py", *CLASSIFIER, *lib("pictures pairs")],
     "sample": [*lib("sample guided adapter_figures", "scripts"), *CORE, *lib("image_folder finetune/objective")],
-    "tune": ["scripts/tune.py", "scripts/guided.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
+    "tune": [*lib("tune guided", "scripts"), "ctrl/tuning.py", *CORE, *GUIDANCE, *CONTROL, *EVALUATION],
     "finetune": ["scripts/finetune.py", "scripts/training.py", *CORE, *CONTROL, *TRAINERS, *lib("adapter judged pipeline pictures")],
     "mixture": ["scripts/mixture.py", *lib("mixture proof distances process sampling"), *GUIDES, *TRAINERS],
     "evaluate": ["scripts/evaluate.py", *EVALUATION, "ctrl/judged.py"],

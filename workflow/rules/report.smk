@@ -168,7 +168,7 @@ rule sweep:
 rule write_methods_page:
     """The page on all methods, from the long table: what each computes and needs, its row, and what the figures say."""
     input:
-        code=["scripts/write_methods_page.py", *lib("methods_page efficiency strength strength_page tables")],
+        code=["scripts/write_methods_page.py", *lib("methods_page efficiency strength strength_page tables tuning tuning_page")],
         methods="config/methods.tsv",
         table="results/{experiment}/tables/paper.csv",
         samples=expand("results/{{experiment}}/samples/{method}/samples.json", method=methods("paper")),
@@ -176,6 +176,7 @@ rule write_methods_page:
         figures=expand("results/{{experiment}}/figures_paper/{name}.png", name=("teaser", "sizes", "training")),
         sweep="results/{experiment}/figures/gamma_sweep.png",
         strength=expand("results/{{experiment}}/{name}", name=DIAL),
+        tuning=[f"{RESULTS}/tuning/{METHODS[m]['guidance']}.json" for m in methods("paper") if METHODS[m]["family"] in ("guidance", "cfg")],
     output:
         page="results/{experiment}/methods.md",
     log:
@@ -200,6 +201,7 @@ rule write_methods_page:
             --adapters {input.adapters:q} \
             --command {params.command:q} \
             {params.strength:q} \
+            --tuning {input.tuning:q} \
             --figures {input.figures:q} {input.sweep:q} {params.dial:q} \
             --output {output.page:q} 2>&1 | tee {log:q}
         """
