@@ -8,7 +8,14 @@ from ctrl.names import COLUMN, factor_of
 MIXTURE = {"base": ("weights", "means", "covariances"), "label": ("weight", "bias"), None: ("gammas", "num_samples", "num_sets", "methods")}
 AMOUNTS_TO = {  # what ctrl.proof does
     "sampler": {"eta": 1.0, "guidance_scale": 1.0, "spacing": "scheduler"},
-    "finetune": {"kl_reduction": "sum", "kl_weight": 1.0, "num_terms": None, "truncation": None, "max_adjoint_norm": None},
+    "finetune": {
+        "kl_reduction": "sum",
+        "kl_weight": 1.0,
+        "num_terms": None,
+        "truncation": None,
+        "max_adjoint_norm": None,
+        "unguided_jacobian": False,
+    },
 }
 
 
@@ -45,6 +52,8 @@ def check_trainer(finetune: dict, where: str) -> None:
     """What a trainer does not take."""
     if finetune["trainer"] == "adjoint" and (finetune["truncation"] or not finetune["kl_weight"]):
         raise UserError(f"{where}: finetune.trainer is adjoint; it takes no truncation (null) and a kl_weight above 0")
+    if finetune["trainer"] == "adjoint" and finetune["unguided_jacobian"] and finetune["control_variate"]:
+        raise UserError(f"{where}: finetune.unguided_jacobian excludes finetune.control_variate, which walks back through psi; take one")
     unfit = [finetune[key] for key in ("truncation", "num_terms", "control_variate")]
     if finetune["trainer"] == "efficient_adjoint" and (any(unfit) or not (finetune["kl_weight"] and finetune["min_timestep"])):
         raise UserError(
@@ -66,11 +75,13 @@ def check_prompts(prompts: dict, where: str) -> None:
 
 
 def check_sizes(config: dict, where: str = "config") -> None:
-    """Raises UserError where the section finetune is at odds with itself or the sampler in size.
+    """Raises UserError where the section finetune is at odds with itself or the sampler.
 
     Recipes of adapters are there for every config: their truncation ends with the steps there are, their last micro-batch may be smaller.
     """
     finetune, num_steps = config["finetune"], config["sampler"]["num_steps"]
+    if finetune["unguided_jacobian"] and (finetune["trainer"] != "adjoint" or config["sampler"]["guidance_scale"] == 1):
+        raise UserError(f"{where}: finetune.unguided_jacobian is for finetune.trainer adjoint, under a sampler.guidance_scale other than 1")
     if finetune["truncation"] and finetune["truncation"][1] > num_steps:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):

@@ -51,7 +51,7 @@ def measured(base: Base, process: Process, config: dict, adapters: Sequence[str]
         settings = for_adapter(config, adapter)["finetune"]
         costly = (
             "trainer", "coarse", "num_terms", "control_variate", "truncation", "gradient_checkpointing", "batch_size", "policy_gradient",
-            "efficient_adjoint",
+            "efficient_adjoint", "unguided_jacobian",
         )  # fmt: skip
         key = json.dumps({name: settings[name] for name in costly})
         if key not in known:  # gamma and the learning rates cost nothing

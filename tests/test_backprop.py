@@ -101,6 +101,34 @@ def test_control_variate_is_the_gradient_along_the_trajectory(noise, kl_weight):
         assert torch.allclose(psi.weight.grad, expected, rtol=1e-6)  # that the adjoint walks without a graph changes nothing here
 
 
+def test_adjoint_walks_back_through_the_model_it_is_given(noise):
+    """g_t = (∂mu / ∂x_t)ᵀ g_s of that model, and the regression on pre; each is asked where its answer is used, and as it is used."""
+    psi, other, g = Toy(), Toy(2).requires_grad_(False), None
+    path, asked = [noise[0]], {"pre": [], "other": []}
+    for i in range(3):
+        path.append(PROCESS.step(i, path[i], psi(path[i], i), noise[i + 1]).detach())
+    x_0 = path[3].requires_grad_()
+    (g,) = torch.autograd.grad(2 * log_prob(x_0).sum(), x_0)
+    for i in (2, 1, 0):
+        x_t, sigma = path[i].detach().requires_grad_(), PROCESS.sigma(i)
+        miss = PROCESS.mean(i, x_t.detach(), psi(x_t.detach(), i)) - PROCESS.mean(i, x_t.detach(), PRE(x_t.detach(), i)) - sigma**2 * g
+        (miss.square().sum() / (2 * sigma**2)).backward()
+        (g,) = torch.autograd.grad(PROCESS.mean(i, x_t, other(x_t, i)), x_t, g)
+    expected, psi.weight.grad = psi.weight.grad, None
+
+    def recording(name, net):
+        return lambda x, i: asked[name].append((i, torch.is_grad_enabled())) or net(x, i)
+
+    adjoint(PROCESS, psi, recording("pre", PRE), log_prob, noise, 2.0, jacobian=recording("other", other))
+    assert torch.allclose(psi.weight.grad, expected, rtol=1e-6)
+    assert asked == {"pre": [(2, False), (1, False), (0, False)], "other": [(2, True), (1, True)]}
+    psi.weight.grad = None
+    adjoint(PROCESS, psi, PRE, log_prob, noise, 2.0)
+    assert not torch.allclose(psi.weight.grad, expected, rtol=1e-2)
+    with pytest.raises(ValueError, match="held walks back"):
+        adjoint(PROCESS, psi, PRE, log_prob, noise, 2.0, held=hold(psi, psi.parameters()), jacobian=other)
+
+
 def test_control_variate_keeps_the_mean_of_the_gradient_and_takes_out_its_noise():
     """x_0 ~ N(0, 1), log p = −2 x_0²: the best policy multiplies each step's mean by a number that dynamic programming gives."""
     log_snr = torch.linspace(-6, 4, 40).double()

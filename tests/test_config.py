@@ -104,6 +104,12 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune: {truncation: 3}", "null or [low, high]"),
         ("finetune: {trainer: adjoint, truncation: [1, 3]}", "finetune.trainer is adjoint; it takes no truncation"),
         ("finetune: {gradient_checkpointing: blocks, speed: {compile: gpu}}", "blocks, which excludes finetune.speed.compile"),
+        ("finetune: {unguided_jacobian: true}", "is for finetune.trainer adjoint, under a sampler.guidance_scale other than 1"),
+        ("finetune: {trainer: adjoint, unguided_jacobian: true}", "under a sampler.guidance_scale other than 1"),
+        (
+            "{finetune: {trainer: adjoint, unguided_jacobian: true, control_variate: true}, sampler: {guidance_scale: 3}}",
+            "finetune.unguided_jacobian excludes finetune.control_variate",
+        ),
         ("finetune: {trainer: adjoint, kl_weight: 0}", "finetune.trainer is adjoint; it takes no truncation"),
         (
             "finetune: {trainer: efficient_adjoint, num_terms: 2}",

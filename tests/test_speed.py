@@ -72,6 +72,17 @@ def test_autocast_reaches_every_trainer(fresh, trainer, most):
     assert 0 < distance(updates(fresh(), settings=settings, autocast=True), updates(fresh(), settings=settings)) < most
 
 
+def test_unguided_jacobian_takes_no_way_back_through_the_empty_prompt(fresh):
+    """So small a network hardly heeds the prompt: the gradient is nearly the same here."""
+    found, passes = {}, {}
+    for unguided in (False, True):
+        control = fresh()
+        found[unguided] = updates(control, settings={"trainer": "adjoint", "unguided_jacobian": unguided})
+        passes[unguided] = control.base.passes.backward
+    assert passes[False] - passes[True] == 2 * CONFIG["batch_size"], "one row less a trajectory, at each step but the first"
+    assert 0 < distance(found[True], found[False]) < 1e-4
+
+
 def test_tf32_is_of_products_and_convolutions_and_off_for_the_check_of_an_adapter(fresh):
     def flags() -> tuple[bool, bool]:
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -15,7 +15,7 @@ from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.speed import autocast, in_slices
 from ctrl.finetune.supervised import supervised
-from ctrl.finetune.task import Examples, LogProb, Task, batch_function, recomputed
+from ctrl.finetune.task import Examples, LogProb, Policies, Task, batch_function, recomputed
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
 LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
@@ -37,6 +37,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     # With blocks, whole passes too. No graph of adjoint matching spans two steps: to compute a pass again would save nothing there.
     backward = config["trainer"] == "backprop"
     again = {"recompute": recomputed} if config["gradient_checkpointing"] and backward else {}
+
+    def own_of(policies: Policies) -> dict:
+        """What one of the trainers alone takes of the policies. Both models in one batch would be computed again in twice the memory."""
+        if backward:
+            return again or {"both": policies.both}
+        return {"jacobian": policies.unguided} if config["unguided_jacobian"] and task.guidance_scale != 1 else {}
+
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 
     def gradient(update: int) -> dict[str, float]:
@@ -49,13 +56,13 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
         parts, active = [], task.control.active(batch.process)
         weights = term_weights(active, config["num_terms"], batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            (psi, pre, held, both), y, noise = batch.part(task, rows, switch)
-            pair = {"both": both} if backward and not again else {}  # to compute both again would take twice the memory
+            policies, y, noise = batch.part(task, rows, switch)
             parts.append(
                 TRAINERS[config["trainer"]](
-                    batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight, share=1 / size,
-                    active=active, max_adjoint_norm=max_adjoint_norm, weights=weights, held=held if config["control_variate"] else None,
-                    **{key: k[rows] for key, k in cut.items()}, **again, **pair,
+                    batch.process, policies.psi, policies.pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight,
+                    share=1 / size, active=active, max_adjoint_norm=max_adjoint_norm, weights=weights,
+                    held=policies.held if config["control_variate"] else None, **{key: k[rows] for key, k in cut.items()},
+                    **own_of(policies),
                 )
             )  # fmt: skip
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}
@@ -117,8 +124,9 @@ def policy_gradient_function(task: Task, reward: LogProb, config: dict) -> Calla
     def collect(update: int) -> None:
         batch, paths, rewards = batch_of(update), [], []
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            (psi, pre, _, _), y, noise = batch.part(task, rows, switch)
-            paths.append(rollout(batch.process, psi, pre, noise, task.control.active(batch.process)))  # psi alone, as its ratio is asked
+            policies, y, noise = batch.part(task, rows, switch)
+            # Not both in one batch: of psi's ratio to itself the rounding would be left.
+            paths.append(rollout(batch.process, policies.psi, policies.pre, noise, task.control.active(batch.process)))
             with torch.no_grad():
                 rewards.append(reward(paths[-1]["x_0"], y, 1.0).to(noise))
         r, kl = gathered(torch.cat(rewards), size), gathered(torch.cat([path["kl_nats"] for path in paths], 1), size, 1)
@@ -161,19 +169,20 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
     before, m = batch_of(-1), 0.0  # no update draws these trajectories; a run that goes on measures them again
     for rows in torch.arange(size).split(config["micro_batch_size"]):
-        (_, pre, _, _), _, noise = before.part(task, rows, switch)
-        m += len(rows) / size * information(before.process, pre, noise, control.active(before.process))
+        policies, _, noise = before.part(task, rows, switch)
+        m += len(rows) / size * information(before.process, policies.pre, noise, control.active(before.process))
 
     def gradient(update: int) -> dict[str, float]:
         batch, temperature, parts = batch_of(update), temperature_of(update), []
         active = control.active(batch.process)
         drawn = levels(active, num_levels, (size, *control.base.latent_shape), batch.generator)
         for rows in rows_of(size).split(config["micro_batch_size"]):
-            (psi, pre, _, _), y, noise = batch.part(task, rows, switch)
-            pre = recomputed(pre) if recompute else pre  # the one graph here that spans several steps: those without control
+            policies, y, noise = batch.part(task, rows, switch)
+            # The one graph here that spans several steps: those without control.
+            pre = recomputed(policies.pre) if recompute else policies.pre
             parts.append(
                 efficient_adjoint(
-                    batch.process, psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
+                    batch.process, policies.psi, pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, config["gamma"], kl_weight,
                     active=active, steps=drawn["steps"][:, rows], fresh=drawn["fresh"][:, rows].to(noise), information=m, share=1 / size,
                     max_adjoint_norm=max_adjoint_norm,
                 )

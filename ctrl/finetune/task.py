@@ -43,12 +43,14 @@ class Examples:
 
 
 class Policies(NamedTuple):
-    """The controlled model, the pretrained one, the former with its parameters held, and the first two in one batch."""
+    """The controlled model, the pretrained one, the former with its parameters held, the first two in one batch, and the pretrained one
+    under the prompt alone, without its guidance."""
 
     psi: Denoiser
     pre: Denoiser
     held: Denoiser
     both: Pair
+    unguided: Denoiser
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Batch:
         psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
-        denoisers = psi, pre, hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
+        held, both = hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
+        denoisers = psi, pre, held, both, control.base_denoiser(self.process, prompts)
         return Policies(*(autocast(d, switch, control.base.device) for d in denoisers)), y, noise
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
