@@ -125,7 +125,9 @@ class Base:
     def _count_backward(self, grad: Tensor) -> None:
         self.passes.backward += len(grad)
 
-    def guided(self, process: Process, prompts: Sequence[str], guidance_scale: float, labels: Tensor | None, null: int | None) -> Denoiser:
+    def guided(
+        self, process: Process, prompts: Sequence[str | None], guidance_scale: float, labels: Tensor | None, null: int | None
+    ) -> Denoiser:
         """eps(∅, ∅) + guidance_scale · (eps(c, y) − eps(∅, ∅)), both in one batch; at a scale of 1 only eps(c, y) is computed.
 
         `labels` go to the UNet's class embedding, `null` is its row for ∅; both are None for a UNet without one. The two rows of an image

@@ -6,7 +6,7 @@ import difflib
 import math
 from pathlib import Path
 
-from ctrl.contradictions import check_across, check_proof, check_sizes
+from ctrl.contradictions import check_across, check_proof, check_sizes, check_unguided
 from ctrl.errors import UserError
 from ctrl.names import VARIANT, split_strength
 from ctrl.schema import check
@@ -69,6 +69,8 @@ def resolve(config: dict, schema: dict, where: str = "config") -> dict:
         variant = for_adapter(config, name)
         check(variant, schema, f"{where}, with adapters.{name} laid over finetune")
         check_across(variant, f"{where}, with adapters.{name} laid over finetune")
+        if config["adapters"][name].get("unguided_jacobian"):
+            check_unguided(variant, f"{where}, with adapters.{name} laid over finetune")
     return config
 
 

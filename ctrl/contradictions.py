@@ -80,12 +80,18 @@ def check_sizes(config: dict, where: str = "config") -> None:
     Recipes of adapters are there for every config: their truncation ends with the steps there are, their last micro-batch may be smaller.
     """
     finetune, num_steps = config["finetune"], config["sampler"]["num_steps"]
-    if finetune["unguided_jacobian"] and (finetune["trainer"] != "adjoint" or config["sampler"]["guidance_scale"] == 1):
-        raise UserError(f"{where}: finetune.unguided_jacobian is for finetune.trainer adjoint, under a sampler.guidance_scale other than 1")
+    check_unguided(config, where)
     if finetune["truncation"] and finetune["truncation"][1] > num_steps:
         raise UserError(f"{where}: finetune.truncation is {finetune['truncation']}; sampler.num_steps has only {num_steps} steps")
     if finetune["batch_size"] % (part := finetune["micro_batch_size"]):
         raise UserError(f"{where}: finetune.micro_batch_size is {part}; it must divide finetune.batch_size, {finetune['batch_size']}")
+
+
+def check_unguided(config: dict, where: str) -> None:
+    """Where it would change nothing, nobody asks for it: a recipe that inherits it for another trainer does not."""
+    finetune = config["finetune"]
+    if finetune["unguided_jacobian"] and (finetune["trainer"] != "adjoint" or config["sampler"]["guidance_scale"] == 1):
+        raise UserError(f"{where}: finetune.unguided_jacobian is for finetune.trainer adjoint, under a sampler.guidance_scale other than 1")
 
 
 def check_factors(label: dict, where: str) -> None:

@@ -4,7 +4,7 @@ Both live in the pretrained network itself, and `lora_on` switches them off: the
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from ctrl.errors import UserError
 from ctrl.io import canonical, save_tensors, write_bytes
 from ctrl.labels import Continuous, Factors
 from ctrl.lora import ADAPTER, install
-from ctrl.process import Denoiser, Process
+from ctrl.process import Denoiser, Pair, Process, Unguided
 
 
 class Control:
@@ -59,7 +59,7 @@ class Control:
             unet.class_embedding = FourierEmbedding(space.mean, space.sd, width, seed).to(base.device)
         else:
             unet.class_embedding = LabelEmbedding(space, width, base.device)
-        self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer) and ADAPTER in m.lora_A]
         self._lora = install(self._layers)
         self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for parameter in self.parameters().values():
@@ -133,7 +133,7 @@ class Control:
         self._switch("all")
         return self
 
-    def base_denoiser(self, process: Process, prompts: Sequence[str], guidance_scale: float = 1.0) -> Denoiser:
+    def base_denoiser(self, process: Process, prompts: Sequence[str | None], guidance_scale: float = 1.0) -> Denoiser:
         """The pretrained model with its prompt guidance: LoRA off, null label."""
         labels = torch.full((len(prompts),), self.null, device=self.base.device)
         eps = self.base.guided(process, prompts, guidance_scale, labels, self.null)
@@ -168,13 +168,23 @@ class Control:
 
         return denoiser
 
-    def both(
-        self, process: Process, prompts: Sequence[str], labels: Tensor, guidance_scale: float = 1.0
-    ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    def unguided(self, process: Process, prompts: Sequence[str], guidance_scale: float) -> Unguided:
+        """The pretrained model in two parts: under the prompts alone, and how the empty prompt makes that the guided one."""
+        prompted, empty = (self.base_denoiser(process, which) for which in (prompts, [None] * len(prompts)))
+
+        def guide(x_t: Tensor, i: int, eps: Tensor) -> Tensor:
+            eps_empty = empty(x_t, i)
+            return eps_empty + guidance_scale * (eps - eps_empty)
+
+        return Unguided(prompted, guide)
+
+    def both(self, process: Process, prompts: Sequence[str], labels: Tensor, guidance_scale: float = 1.0) -> Pair:
         """The augmented and the pretrained model at the same x_t, in one batch: eps_psi and eps_pre, at a step where the control acts.
 
-        Not after `merge`: merged weights are those of one model at a time.
+        ValueError after `merge`: merged weights are those of one model at a time.
         """
+        if self._merged:
+            raise ValueError("LoRA is merged into the weights: the two models have no batch in common")
         labels = self.space.check_codes(labels, len(prompts)).to(self.base.device)
         labels = torch.cat([torch.full_like(labels, self.null), labels])
         eps = self.base.guided(process, [*prompts, *prompts], guidance_scale, labels, self.null)

@@ -332,3 +332,9 @@ def _figure(value: float, n: int, lo: float | None = None, hi: float | None = No
 def values_of(evaluation: dict, names: Sequence[str]) -> dict[str, float]:
     """The plain values of those `names` that an evaluation has."""
     return {name: evaluation["metrics"][name]["value"] for name in names if name in evaluation["metrics"]}
+
+
+def intervals_of(evaluation: dict, names: Sequence[str]) -> dict[str, float]:
+    """The ends of the 95 % intervals, as `{name}_lo` and `{name}_hi`, of those `names` that have one."""
+    known = {name: evaluation["metrics"].get(name, {}) for name in names}
+    return {f"{name}_{end}": figure[end] for name, figure in known.items() for end in ("lo", "hi") if figure.get(end) is not None}

@@ -24,7 +24,8 @@ class Rows:
 def install(layers: Sequence[BaseTunerLayer]) -> Rows:
     """From now on the layers compute base(x) + B(A(x)), and the second term for those rows alone that the returned `Rows` say.
 
-    That is PEFT's forward without dropout and at a scaling of 1, which alpha equal to the rank amounts to.
+    That is PEFT's forward without dropout and at a scaling of 1, which alpha equal to the rank amounts to. PEFT's own switches (scale,
+    disable, further adapters) do nothing to these layers, and a deep copy of the network would go on computing with the original's.
     """
     rows = Rows()
     for layer in layers:

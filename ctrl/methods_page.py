@@ -24,6 +24,7 @@ FORMULAS = {
     "cfg": "eps(x_t, c) + scale · (eps(x_t, c, y) − eps(x_t, c))",
     "backprop": "max_psi E[gamma · log p̂(y | x_0)] − Σ_t E[KL(psi ‖ pre)], through the sampler",
     "adjoint": "min_psi Σ_t ‖mu_psi − mu_pre − sigma_t² g_s‖² / (2 sigma_t²), g_t = (∂mu_pre / ∂x_t)ᵀ g_s, g_0 = gamma · ∇ log p̂(y | x_0)",
+    "unguided": "min_psi Σ_t ‖mu_psi − mu_pre − sigma_t² g_s‖² / (2 sigma_t²), g_t = (∂mu_c / ∂x_t)ᵀ g_s, g_0 = gamma · ∇ log p̂(y | x_0)",
     "efficient_adjoint": "min_psi Σ_t w_t ‖eps_psi(x_t) − target(∇ log p*(x_1), z)‖², x_1 ~ psi, noised to x_t by z",
     "policy_gradient": "max_psi E[clip(psi / psi_old) · advantage(oracle agrees)] − Σ_t E[KL(psi ‖ pre)]",
     "reward": "max_psi E[gamma · log p̂(y | x_0)], through the sampler, without a KL",
@@ -72,6 +73,8 @@ def mechanism(method: Mapping, config: dict) -> str:
     if method["guidance"] or not method["adapter"]:
         return method["guidance"] or method["family"]
     finetune = for_adapter(config, method["adapter"])["finetune"]
+    if finetune["trainer"] == "adjoint" and finetune["unguided_jacobian"]:
+        return "unguided"
     return finetune["trainer"] if finetune["kl_weight"] else "reward"
 
 

@@ -15,12 +15,20 @@ A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, int], Tensor]
 Pair = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # what psi and pre say of the same x_t, in one batch
+
+
+class Unguided(NamedTuple):
+    """A guided model in two parts: under the prompt alone, and what `guide(x_t, i, eps)` makes of that, for a pass of the empty prompt."""
+
+    prompted: Denoiser
+    guide: Callable[[Tensor, int, Tensor], Tensor]
 
 
 def quadratic_timesteps(num_steps: int, num_train: int = 1000) -> Tensor:

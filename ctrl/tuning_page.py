@@ -24,7 +24,7 @@ def section(tunings: Sequence[Mapping]) -> str:
             "## The scales",
             "",
             "All scales of a method drew the same validation prompts and seeds. The bold one was chosen: of those within",
-            f"{TOLERANCE:g} of the best {best}, the one with the least {SHOWN['kid_rejection'][0]}.",
+            f"{TOLERANCE:g} of the best {best}, the one with the least {SHOWN['kid_rejection'][0]}. 95 % bootstrap intervals in brackets.",
             "",
             *markdown_table(["method", "scale", "n", *(SHOWN[name][0] for name in metrics)], rows, 1),
         ]

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ctrl import control as controls
 from ctrl import errors, features
-from ctrl.evaluation import Samples, by_target, evaluate, in_cells_of, load_samples, values_of, with_scores
+from ctrl.evaluation import Samples, by_target, evaluate, in_cells_of, intervals_of, load_samples, values_of, with_scores
 from ctrl.figures.curves import tuning_sweep
 from ctrl.generate import MakeDenoiser, denoised, generate
 from ctrl.io import read_json, write_json
@@ -65,8 +65,9 @@ def main() -> None:
             samples = Samples(args.output, table, pixels, {})
             figures = evaluate(samples, in_cells_of(reference, table), network, report, config["evaluation"], config["seed"])
             names = ["accuracy", "macro_f1", "r2", "mae", "kid_rejection", "kid_rejection_within", "diversity", network.score_name]
-            sweep.append({"scale": scale, "n": len(table), **values_of(figures, names)})
-            tracker.log_metrics({key: value for key, value in sweep[-1].items() if key != "scale"}, len(sweep))
+            values = {"n": len(table), **values_of(figures, names)}
+            sweep.append({"scale": scale, **values, **intervals_of(figures, names)})
+            tracker.log_metrics(values, len(sweep))
         best = choose_setting(sweep)
         write_json(args.output, {"method": args.method, "num_images": len(rows), "best": {"scale": best["scale"]}, "sweep": sweep})
         figure = args.output.with_suffix(".png")

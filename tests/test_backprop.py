@@ -9,7 +9,7 @@ from torch import nn
 from ctrl.finetune.adjoint import adjoint
 from ctrl.finetune.backprop import backprop, clip_adjoint
 from ctrl.finetune.objective import annealed, effective_gamma, hold, learning_rate_factor, term_weights, within_cell_variance
-from ctrl.process import Process
+from ctrl.process import Process, Unguided
 
 ABAR = torch.tensor([0.05, 0.3, 0.7])
 PROCESS = Process(torch.tensor([900, 500, 100]), ABAR, torch.tensor([0.3, 0.7, 0.98]))
@@ -104,7 +104,7 @@ def test_control_variate_is_the_gradient_along_the_trajectory(noise, kl_weight):
 def test_adjoint_walks_back_through_the_model_it_is_given(noise):
     """g_t = (∂mu / ∂x_t)ᵀ g_s of that model, and the regression on pre; each is asked where its answer is used, and as it is used."""
     psi, other, g = Toy(), Toy(2).requires_grad_(False), None
-    path, asked = [noise[0]], {"pre": [], "other": []}
+    path, asked = [noise[0]], {"pre": [], "other": [], "guide": []}
     for i in range(3):
         path.append(PROCESS.step(i, path[i], psi(path[i], i), noise[i + 1]).detach())
     x_0 = path[3].requires_grad_()
@@ -116,17 +116,18 @@ def test_adjoint_walks_back_through_the_model_it_is_given(noise):
         (g,) = torch.autograd.grad(PROCESS.mean(i, x_t, other(x_t, i)), x_t, g)
     expected, psi.weight.grad = psi.weight.grad, None
 
-    def recording(name, net):
-        return lambda x, i: asked[name].append((i, torch.is_grad_enabled())) or net(x, i)
+    def recording(name, function):
+        return lambda x, i, *eps: asked[name].append((i, torch.is_grad_enabled())) or function(x, i)
 
-    adjoint(PROCESS, psi, recording("pre", PRE), log_prob, noise, 2.0, jacobian=recording("other", other))
+    parts = Unguided(recording("other", other), recording("guide", PRE))
+    adjoint(PROCESS, psi, recording("pre", PRE), log_prob, noise, 2.0, unguided=parts)
     assert torch.allclose(psi.weight.grad, expected, rtol=1e-6)
-    assert asked == {"pre": [(2, False), (1, False), (0, False)], "other": [(2, True), (1, True)]}
+    assert asked == {"other": [(2, True), (1, True)], "guide": [(2, False), (1, False)], "pre": [(0, False)]}
     psi.weight.grad = None
     adjoint(PROCESS, psi, PRE, log_prob, noise, 2.0)
     assert not torch.allclose(psi.weight.grad, expected, rtol=1e-2)
     with pytest.raises(ValueError, match="held walks back"):
-        adjoint(PROCESS, psi, PRE, log_prob, noise, 2.0, held=hold(psi, psi.parameters()), jacobian=other)
+        adjoint(PROCESS, psi, PRE, log_prob, noise, 2.0, held=hold(psi, psi.parameters()), unguided=parts)
 
 
 def test_control_variate_keeps_the_mean_of_the_gradient_and_takes_out_its_noise():

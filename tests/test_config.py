@@ -105,6 +105,10 @@ def test_edges_fix_the_number_of_classes(tmp_path):
         ("finetune: {trainer: adjoint, truncation: [1, 3]}", "finetune.trainer is adjoint; it takes no truncation"),
         ("finetune: {gradient_checkpointing: blocks, speed: {compile: gpu}}", "blocks, which excludes finetune.speed.compile"),
         ("finetune: {unguided_jacobian: true}", "is for finetune.trainer adjoint, under a sampler.guidance_scale other than 1"),
+        (
+            "adapters: {ctrl_adjoint: {unguided_jacobian: true}}",
+            "adapters.ctrl_adjoint laid over finetune: finetune.unguided_jacobian is for",
+        ),
         ("finetune: {trainer: adjoint, unguided_jacobian: true}", "under a sampler.guidance_scale other than 1"),
         (
             "{finetune: {trainer: adjoint, unguided_jacobian: true, control_variate: true}, sampler: {guidance_scale: 3}}",

@@ -27,6 +27,8 @@ def test_every_shipped_method_has_a_formula_and_needs():
 def test_a_method_is_described_by_what_the_config_makes_of_it():
     by_name = METHODS.set_index("method", drop=False)
     assert methods_page.mechanism(by_name.loc["ctrl_adjoint"], CONFIG) == "adjoint"
+    unguided = {**CONFIG, "adapters": {**CONFIG["adapters"], "ctrl_adjoint": {"trainer": "adjoint", "unguided_jacobian": True}}}
+    assert methods_page.mechanism(by_name.loc["ctrl_adjoint"], unguided) == "unguided" and "unguided" in methods_page.FORMULAS
     assert methods_page.mechanism(by_name.loc["reward_maximization"], CONFIG) == "reward"
     with_kl = {**CONFIG, "adapters": {**CONFIG["adapters"], "reward_maximization": {}}}
     assert methods_page.mechanism(by_name.loc["reward_maximization"], with_kl) == "backprop"

@@ -73,13 +73,14 @@ def test_autocast_reaches_every_trainer(fresh, trainer, most):
 
 
 def test_unguided_jacobian_takes_no_way_back_through_the_empty_prompt(fresh):
-    """So small a network hardly heeds the prompt: the gradient is nearly the same here."""
+    """And no pass more. So small a network hardly heeds the prompt: the gradient is nearly the same here."""
     found, passes = {}, {}
     for unguided in (False, True):
         control = fresh()
         found[unguided] = updates(control, settings={"trainer": "adjoint", "unguided_jacobian": unguided})
-        passes[unguided] = control.base.passes.backward
-    assert passes[False] - passes[True] == 2 * CONFIG["batch_size"], "one row less a trajectory, at each step but the first"
+        passes[unguided] = control.base.passes
+    assert passes[False].backward - passes[True].backward == 2 * CONFIG["batch_size"], "a row a trajectory at each step but the first"
+    assert passes[True].forward < passes[False].forward, "where psi is pre nobody asks for the guided eps"
     assert 0 < distance(found[True], found[False]) < 1e-4
 
 

@@ -19,6 +19,7 @@ def test_chosen_setting_is_nearest_to_the_law_among_the_accurate(name):
 
 def test_section_has_every_scale_and_the_chosen_one_in_bold():
     rows = sweep("accuracy", (0.1, 0.72, 0.0007), (0.5, 0.95, 0.004))
+    rows[0] |= {"accuracy_lo": 0.7, "accuracy_hi": 0.75}
     lines = section([{"method": "mpgd", "best": {"scale": 0.5}, "sweep": rows}])
-    assert "| `mpgd` | 0.1 | 8 | 0.720 | 0.7 | 999.3 |" in lines and "|  | **0.5** | 8 | 0.950 | 4.0 | 996.0 |" in lines
+    assert "| `mpgd` | 0.1 | 8 | 0.720 [0.700, 0.750] | 0.7 | 999.3 |" in lines and "|  | **0.5** | 8 | 0.950 | 4.0 | 996.0 |" in lines
     assert "0.02 of the best accuracy" in lines

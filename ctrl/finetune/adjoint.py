@@ -10,8 +10,8 @@ With `held`, psi with its parameters held, the walk goes back through psi itself
 At the optimum both have the mean ∇ log E[p̂^gamma | x_t]; the lean one scatters around it, this one is it, for one more pass back a step.
 No graph spans more than one step, so the memory does not grow with their number.
 
-A large guidance scale of the prompt makes mu_pre steep, and g with it. With `jacobian`, the model under the prompt alone, the walk goes
-back through that instead: flatter, cheaper by the way back of the empty prompt, and biased.
+A large guidance scale of the prompt makes mu_pre steep, and g with it. With `unguided` the walk goes back through the model under the
+prompt alone: flatter, cheaper by the way back of the empty prompt, and biased.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ctrl.finetune.backprop import bounded
-from ctrl.process import Denoiser, Process
+from ctrl.process import Denoiser, Process, Unguided
 
 
 def adjoint(
@@ -36,18 +36,19 @@ def adjoint(
     max_adjoint_norm: float | None = None,
     weights: Sequence[float] | None = None,
     held: Denoiser | None = None,
-    jacobian: Denoiser | None = None,
+    unguided: Unguided | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of `share` times the sum of the loss over the batch to every trained parameter's `.grad`.
 
     Arguments and result are those of `backprop`, without a truncation; where a weight is 0, nothing is regressed. `kl_weight` scales
-    the regularisation: the target shift of mu is sigma_t² g_s / kl_weight. `jacobian` is the denoiser that the walk goes back through;
-    None: pre. Raises ValueError for a `kl_weight` of 0, where there is nothing to regress on, and for a `jacobian` beside `held`.
+    the regularisation: the target shift of mu is sigma_t² g_s / kl_weight. `unguided` is pre in two parts, the first of which the walk goes
+    back through; None: through all of pre. Raises ValueError for a `kl_weight` of 0, where there is nothing to regress on, and for
+    `unguided` beside `held`.
     """
     if kl_weight <= 0:
         raise ValueError("adjoint matching needs a KL: kl_weight must be above 0; maximise a reward alone by backprop")
-    if held is not None and jacobian is not None:
-        raise ValueError("held walks back through psi itself; a jacobian is for the walk through another model")
+    if held is not None and unguided is not None:
+        raise ValueError("held walks back through psi itself; unguided is for the walk through pre")
     num_steps, path = process.num_steps, [noise[0]]
     acts = [active is None or active[i] for i in range(num_steps)]
     with torch.no_grad():
@@ -64,12 +65,13 @@ def adjoint(
     first = next((i for i, term in enumerate(terms) if term), num_steps)  # nobody asks for the adjoint of what lies before
     for i in reversed(range(first, num_steps)):
         x_t = path[i].detach().requires_grad_(i > first)
-        with torch.set_grad_enabled(i > first and jacobian is None):
-            eps_pre = pre(x_t, i) if jacobian is None or terms[i] else None
+        with torch.set_grad_enabled(i > first):
+            eps_back = eps_pre = pre(x_t, i) if unguided is None or i == first else unguided.prompted(x_t, i)
+        if unguided is not None and i > first and terms[i]:
+            with torch.no_grad():
+                eps_pre = unguided.guide(path[i], i, eps_back)
         g_t = eps = None
         if i > first and (held is None or not acts[i]):
-            with torch.enable_grad():
-                eps_back = eps_pre if jacobian is None else jacobian(x_t, i)
             (g_t,) = torch.autograd.grad(process.mean(i, x_t, eps_back), x_t, g)
         elif i > first:
             with torch.enable_grad():

@@ -39,10 +39,10 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     again = {"recompute": recomputed} if config["gradient_checkpointing"] and backward else {}
 
     def own_of(policies: Policies) -> dict:
-        """What one of the trainers alone takes of the policies. Both models in one batch would be computed again in twice the memory."""
+        """What one of the trainers alone takes."""
         if backward:
-            return again or {"both": policies.both}
-        return {"jacobian": policies.unguided} if config["unguided_jacobian"] and task.guidance_scale != 1 else {}
+            return again or {"both": policies.both}  # not both: a pass of the two, computed again, holds twice the activations
+        return {"unguided": policies.unguided} if config["unguided_jacobian"] else {}
 
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 

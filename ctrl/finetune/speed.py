@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ctrl.control import Control
 from ctrl.device import set_tf32
 
-GRAPHS = 32  # of one network: with and without LoRA, with and without gradients, a smaller last part of a batch
+GRAPHS = (
+    32  # of one network: with and without LoRA, with it on half of the rows, with and without gradients, a smaller last part of a batch
+)
 
 
 def wanted(switch: bool | str, device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from ctrl.control import Control
 from ctrl.finetune.objective import hold, within_cell_variance
 from ctrl.finetune.speed import autocast
 from ctrl.pairs import draw
-from ctrl.process import Denoiser, Pair, Process
+from ctrl.process import Denoiser, Pair, Process, Unguided
 from ctrl.sampling import noise_of
 
 Cells = Sequence[tuple[str, int]] | Sequence[tuple[str, tuple[float, float]]]
@@ -43,14 +43,14 @@ class Examples:
 
 
 class Policies(NamedTuple):
-    """The controlled model, the pretrained one, the former with its parameters held, the first two in one batch, and the pretrained one
-    under the prompt alone, without its guidance."""
+    """The controlled model, the pretrained one, the former with its parameters held, the first two in one batch, and the second in two
+    parts."""
 
     psi: Denoiser
     pre: Denoiser
     held: Denoiser
     both: Pair
-    unguided: Denoiser
+    unguided: Unguided
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,11 @@ class Batch:
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
         held, both = hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
-        denoisers = psi, pre, held, both, control.base_denoiser(self.process, prompts)
-        return Policies(*(autocast(d, switch, control.base.device) for d in denoisers)), y, noise
+        psi, pre, held, both, prompted, guide = (
+            autocast(d, switch, control.base.device)
+            for d in (psi, pre, held, both, *control.unguided(self.process, prompts, task.guidance_scale))
+        )
+        return Policies(psi, pre, held, both, Unguided(prompted, guide)), y, noise
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
         """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""

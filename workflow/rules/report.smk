@@ -176,7 +176,9 @@ rule write_methods_page:
         figures=expand("results/{{experiment}}/figures_paper/{name}.png", name=("teaser", "sizes", "training")),
         sweep="results/{experiment}/figures/gamma_sweep.png",
         strength=expand("results/{{experiment}}/{name}", name=DIAL),
-        tuning=[f"{RESULTS}/tuning/{METHODS[m]['guidance']}.json" for m in methods("paper") if METHODS[m]["family"] in ("guidance", "cfg")],
+        tuning=dict.fromkeys(
+            f"{RESULTS}/tuning/{METHODS[m]['guidance']}.json" for m in methods("paper") if METHODS[m]["family"] in ("guidance", "cfg")
+        ),
     output:
         page="results/{experiment}/methods.md",
     log:
