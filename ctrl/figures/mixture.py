@@ -1,11 +1,13 @@
 """The proof's table and picture: every method's samples beside the exact ones, with its distance over that of two exact sets."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ctrl.figures.style import method_name, save
@@ -15,6 +17,7 @@ COLUMNS = {
     "total_variation": "total variation", "total_variation_se": "±  ", "variation_ratio": "÷ floor ", "kl_nats": "KL / nats",
     "var_log_w": "var log w", "scale": "scale", "train_seconds": "train / s", "n": "n a set", "sets": "sets",
 }  # fmt: skip
+BAND = 7  # panels side by side that a page still shows large enough
 
 
 def table_of_distances(figures: Sequence[dict]) -> pd.DataFrame:
@@ -40,27 +43,44 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def densities(samples: dict[str, pd.DataFrame], table: pd.DataFrame, gamma: float, output: Path, num_cells: int = 60) -> None:
-    """A row a label, a column a method: histograms of the first two coordinates at `gamma`, all on the exact samples' scale."""
+    """A row a label, a column a method, in bands of at most BAND methods: histograms of the first two coordinates at `gamma`, all on the
+    exact samples' scale and in their frame."""
     first = next(iter(samples.values()))
     labels = sorted(first["label"].unique())
     exact = first[first["gamma"] == gamma]
     bounds = [tuple(exact[c].quantile([0.0, 1.0]) + np.array([-0.5, 0.5])) for c in ("x0", "x1")]
     ratios = table[table["gamma"] == gamma].set_index("method").get("wasserstein_ratio", pd.Series(dtype=float))
+    most = [max_count(exact[exact["label"] == y], num_cells, bounds) for y in labels]
+    num_bands = math.ceil(len(samples) / BAND)
+    width = math.ceil(len(samples) / num_bands)
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": True}):
-        figure = Figure(figsize=(1.5 * len(samples), 1.5 * len(labels) + 0.5), layout="constrained")
-        axes = figure.subplots(len(labels), len(samples), squeeze=False)
-        for column, (method, drawn) in enumerate(samples.items()):
+        figure = Figure(figsize=(1.5 * width, (1.5 * len(labels) + 0.3) * num_bands + 0.3), layout="constrained")
+        axes = figure.subplots(len(labels) * num_bands, width, squeeze=False)
+        for k, (method, drawn) in enumerate(samples.items()):
             for row, y in enumerate(labels):
-                part = drawn[(drawn["label"] == y) & (drawn["gamma"] == gamma)]
-                right = exact[exact["label"] == y]
-                counts, *_ = np.histogram2d(right["x0"], right["x1"], bins=num_cells, range=bounds)
-                panel = axes[row, column]
-                panel.hist2d(part["x0"], part["x1"], bins=num_cells, range=bounds, cmap="magma_r", vmin=0, vmax=counts.max())
-                panel.set(xticks=[], yticks=[], aspect="auto")
-                if column == 0:
+                panel = axes[k // width * len(labels) + row, k % width]
+                density(panel, drawn[(drawn["label"] == y) & (drawn["gamma"] == gamma)], num_cells, bounds, most[row])
+                if k % width == 0:
                     panel.set_ylabel(f"label {y}")
                 if row == 0:
                     ratio = ratios.get(method, np.nan)
                     panel.set_title(method_name(method) + (f"\n{ratio:.1f} × floor" if np.isfinite(ratio) else "\n"), fontsize=8)
+        for k in range(len(samples), num_bands * width):
+            for row in range(len(labels)):
+                axes[k // width * len(labels) + row, k % width].set_axis_off()
         figure.suptitle(f"p(x | y) at γ = {gamma:g}", fontsize=9)
         save(figure, output)
+
+
+def max_count(part: pd.DataFrame, num_cells: int, bounds: list[tuple[float, float]]) -> float:
+    """Of the cells of a histogram of x0, x1."""
+    return np.histogram2d(part["x0"], part["x1"], bins=num_cells, range=bounds)[0].max()
+
+
+def density(panel: Axes, part: pd.DataFrame, num_cells: int, bounds: list[tuple[float, float]], most: float) -> None:
+    """One histogram, which says so where most of the samples lie outside of its frame."""
+    panel.hist2d(part["x0"], part["x1"], bins=num_cells, range=bounds, cmap="magma_r", vmin=0, vmax=most)
+    panel.set(xticks=[], yticks=[], aspect="auto")
+    outside = 1 - np.logical_and(*(part[c].between(*ends) for c, ends in zip(("x0", "x1"), bounds, strict=True))).mean()
+    if outside > 0.5:
+        panel.text(0.5, 0.5, f"{100 * outside:.0f} % outside", ha="center", va="center", transform=panel.transAxes)

@@ -36,7 +36,7 @@ METRIC_NAMES = {
 
 def method_name(method: str) -> str:
     """A method's name for people: `reconstruction guidance`, `SMC`, `CTRL, γ = 1, resampled`."""
-    words = re.sub(r"^(cfg|ctrl|dps|mpgd|smc|svdd)\b", lambda short: short[0].upper(), method.replace("_", " "))
+    words = re.sub(r"^(cfg|ctrl|dps|mpgd|smc|svdd)\b", lambda short: short[0].upper(), re.sub(r"_kl\b", " KL", method).replace("_", " "))
     return re.sub(r"^CTRL gamma([\d.]+)( )?", lambda found: f"CTRL, γ = {found[1]}" + (", " if found[2] else ""), words)
 
 
