@@ -104,7 +104,7 @@ def test_the_guided_pair_is_one_batch_and_prompts_are_encoded_once(model, noise,
 def config_of(trainer: str) -> dict:
     return {
         "batch_size": 2, "micro_batch_size": 2, "kl_weight": 1.0, "kl_reduction": "sum", "gamma": 5.0, "num_terms": None,
-        "truncation": None, "control_variate": False, "trainer": trainer,
+        "truncation": None, "control_variate": False, "unguided_jacobian": False, "trainer": trainer,
         "policy_gradient": {"reuse": 1, "clip": 0.2}, "gradient_checkpointing": False,
         "num_updates": 1, "coarse": {"stride": 1, "end": 0.0}, "temperature": {"start": 1.0, "hold": 0.0, "end": 0.0},
         "max_adjoint_norm": None, "speed": {"autocast": False, "decode_size": None},

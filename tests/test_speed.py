@@ -80,7 +80,7 @@ def test_unguided_jacobian_takes_no_way_back_through_the_empty_prompt(fresh):
         found[unguided] = updates(control, settings={"trainer": "adjoint", "unguided_jacobian": unguided})
         passes[unguided] = control.base.passes
     assert passes[False].backward - passes[True].backward == 2 * CONFIG["batch_size"], "a row a trajectory at each step but the first"
-    assert passes[True].forward < passes[False].forward, "where psi is pre nobody asks for the guided eps"
+    assert passes[True].forward == passes[False].forward
     assert 0 < distance(found[True], found[False]) < 1e-4
 
 
