@@ -42,7 +42,7 @@ def main():
             betas=[0.9, 0.99], num_updates=100_000 if name == "endless" else 4, coarse=dict(stride=2, end=0.5), max_adjoint_norm=1.0,
             temperature=dict(start=0.8, hold=0.2, end=0.6), warmup_updates=0, decay="none", weight_decay=0.1, learning_rate=1e-3,
             embedding_learning_rate=1e-2, max_grad_norm=1.0, checkpoint_every=100_000, probe=dict(every=2),
-            control_variate=name == "adjoint")
+            control_variate=name == "adjoint", unguided_jacobian=False)
         log_prob = lambda x_0, y, temperature: -(base.decode(x_0).mean(dim=(1, 2, 3)) - y).square() / temperature
         task = Task(control, base.process(4), [("coat", 0), ("coat", 1), ("bag", 1)], ["{}", "a {}"], 1.0, 0)
         latents = torch.randn(12, *base.latent_shape, generator=torch.Generator().manual_seed(0))

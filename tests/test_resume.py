@@ -34,7 +34,7 @@ base = bases.load(sys.argv[1])
 process = base.process(4)
 control = Control(base, 2, 4, ["to_q", "to_v", "conv1"], min_timestep=260)
 config = dict(batch_size=6, micro_batch_size=3, kl_weight=1.0, kl_reduction="sum", gamma=5.0, truncation=[1, 3], num_terms=2,
-              control_variate=True,
+              control_variate=True, unguided_jacobian=False,
               trainer=sys.argv[4], policy_gradient=dict(reuse=2, clip=0.2), efficient_adjoint=dict(num_levels=2),
               gradient_checkpointing=False, speed=dict(autocast=False, fused_adamw=False, decode_size=None),
               num_updates=9, coarse=dict(stride=2, end=0.5),
