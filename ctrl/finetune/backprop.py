@@ -60,17 +60,12 @@ def backprop(
             x = clip_adjoint(process.step(i, x, pre(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
         weight = 1.0 if weights is None else weights[i]
-        if both is not None and x.requires_grad and kl_weight > 0 and weight != 0:
-            eps, eps_pre = both(x, i)
-        else:
-            with torch.set_grad_enabled(not freed or (kl_weight > 0 and weight != 0)):
-                eps = psi(x, i)
-            with torch.set_grad_enabled(x.requires_grad and kl_weight > 0):  # without a KL pre is a figure to report, and no more
-                eps_pre = pre(x, i) if weight != 0 else None
-        if eps_pre is None:
+        if weight == 0:
             log_ratio = log_ratio + torch.nan
-            x = clip_adjoint(process.step(i, x, eps, noise[i + 1]), share, max_adjoint_norm)
+            with torch.set_grad_enabled(not freed):
+                x = clip_adjoint(process.step(i, x, psi(x, i), noise[i + 1]), share, max_adjoint_norm)
             continue
+        eps, eps_pre = predictions(psi, pre, both, x, i, not freed, kl_weight > 0)
         kl_i = weight * process.kl(i, eps if kl_weight > 0 else eps.detach(), eps_pre)
         kl = kl + kl_i.detach()
         if held is not None and kl_weight and x.requires_grad:
@@ -86,6 +81,18 @@ def backprop(
     log_p = log_prob(x)
     (share * (loss - gamma * log_p.sum())).backward()
     return {"log_prob": log_p.detach(), "kl_nats": kl, "log_ratio": log_ratio, "x_0": x.detach()}
+
+
+def predictions(
+    psi: Denoiser, pre: Denoiser, both: Pair | None, x: Tensor, i: int, is_followed: bool, has_kl: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """eps of psi and of pre, each with a graph where somebody asks for its gradient: a later step, or the KL of this one."""
+    if both is not None and x.requires_grad and has_kl:
+        return both(x, i)
+    with torch.set_grad_enabled(is_followed or has_kl):
+        eps = psi(x, i)
+    with torch.set_grad_enabled(x.requires_grad and has_kl):  # without a KL pre is a figure to report, and no more
+        return eps, pre(x, i)
 
 
 def followed(x: Tensor, follow: Tensor) -> Tensor:

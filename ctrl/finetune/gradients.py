@@ -15,7 +15,7 @@ from ctrl.finetune.parallel import gathered, rows_of, total, world
 from ctrl.finetune.policy_gradient import advantages, policy_gradient, rollout
 from ctrl.finetune.speed import autocast, in_slices
 from ctrl.finetune.supervised import supervised
-from ctrl.finetune.task import Examples, LogProb, Policies, Task, batch_function, recomputed
+from ctrl.finetune.task import Batch, Examples, LogProb, Policies, Task, batch_function, recomputed
 
 TRAINERS = {"backprop": backprop, "adjoint": adjoint}
 LABEL_DROPOUT = 0.1  # of each factor in supervised fine-tuning, so that it also learns what it means to leave it free
@@ -38,11 +38,11 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
     backward = config["trainer"] == "backprop"
     again = {"recompute": recomputed} if config["gradient_checkpointing"] and backward else {}
 
-    def own_of(policies: Policies) -> dict:
+    def own_of(batch: Batch, policies: Policies, rows: torch.Tensor) -> dict:
         """What one of the trainers alone takes."""
         if backward:
             return again or {"both": policies.both}  # not both: a pass of the two, computed again, holds twice the activations
-        return {"unguided": policies.unguided} if config["unguided_jacobian"] else {}
+        return {"unguided": batch.unguided(task, rows, switch)} if config["unguided_jacobian"] else {}
 
     log_prob, temperature_of, max_adjoint_norm = reward_of(task, log_prob, config)
 
@@ -62,7 +62,7 @@ def gradient_function(task: Task, log_prob: LogProb, config: dict) -> Callable[[
                     batch.process, policies.psi, policies.pre, lambda x_0, y=y: log_prob(x_0, y, temperature), noise, gamma, kl_weight,
                     share=1 / size, active=active, max_adjoint_norm=max_adjoint_norm, weights=weights,
                     held=policies.held if config["control_variate"] else None, **{key: k[rows] for key, k in cut.items()},
-                    **own_of(policies),
+                    **own_of(batch, policies, rows),
                 )
             )  # fmt: skip
         terms = {key: gathered(torch.cat([p[key] for p in parts]), size).double().cpu() for key in ("log_prob", "kl_nats", "log_ratio")}

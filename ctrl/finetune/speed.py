@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ctrl.control import Control
 from ctrl.device import set_tf32
 
-GRAPHS = (
-    32  # of one network: with and without LoRA, with it on half of the rows, with and without gradients, a smaller last part of a batch
-)
+# Of one network: with LoRA, without and on half of the rows, with and without gradients, a smaller last part of a batch.
+GRAPHS = 32
 
 
 def wanted(switch: bool | str, device: torch.device) -> bool:

@@ -43,14 +43,12 @@ class Examples:
 
 
 class Policies(NamedTuple):
-    """The controlled model, the pretrained one, the former with its parameters held, the first two in one batch, and the second in two
-    parts."""
+    """The controlled model, the pretrained one, the former with its parameters held, and the first two in one batch."""
 
     psi: Denoiser
     pre: Denoiser
     held: Denoiser
     both: Pair
-    unguided: Unguided
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,13 @@ class Batch:
         psi = control.denoiser(self.process, prompts, y, task.guidance_scale)
         pre = control.base_denoiser(self.process, prompts, task.guidance_scale)
         noise = noise_of(self.seeds[rows].tolist(), control.base.latent_shape, self.process.num_steps, control.base.device)
-        held, both = hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
-        psi, pre, held, both, prompted, guide = (
-            autocast(d, switch, control.base.device)
-            for d in (psi, pre, held, both, *control.unguided(self.process, prompts, task.guidance_scale))
-        )
-        return Policies(psi, pre, held, both, Unguided(prompted, guide)), y, noise
+        denoisers = psi, pre, hold(psi, control.parameters().values()), control.both(self.process, prompts, y, task.guidance_scale)
+        return Policies(*(autocast(d, switch, control.base.device) for d in denoisers)), y, noise
+
+    def unguided(self, task: Task, rows: Tensor, switch: bool | str) -> Unguided:
+        """The pretrained model of the trajectories `rows` in two parts; `switch` is that of autocast."""
+        parts = task.control.unguided(self.process, [self.prompts[k] for k in rows], task.guidance_scale)
+        return Unguided(*(autocast(part, switch, task.control.base.device) for part in parts))
 
     def variance(self, log_w: Tensor) -> dict[str, float]:
         """var_log_w of this batch; nothing for a continuous label, which no two trajectories share."""
