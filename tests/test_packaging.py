@@ -5,10 +5,12 @@ import os
 import re
 import sys
 import tomllib
+from importlib.metadata import distributions
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from tests.repository import ROOT
@@ -34,6 +36,15 @@ def requirements() -> list[Requirement]:
 def test_every_requirement_is_pinned_within_its_range(requirement):
     version = pins()[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(version)
+
+
+def test_the_oldest_python_that_is_promised_can_install_every_pin():
+    """Debian 12 has 3.11.2; a release of one package that asks for 3.11.5 makes the whole installation fail there."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pinned = pins()
+    asked = {d.name: d.metadata["Requires-Python"] for d in distributions() if canonicalize_name(d.name) in pinned}
+    assert len(asked) > 100
+    assert {name: python for name, python in asked.items() if not SpecifierSet(python or "").contains(oldest)} == {}
 
 
 def test_the_page_to_play_with_has_gradio_and_leaves_the_rest_as_it_is():
