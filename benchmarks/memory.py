@@ -1,30 +1,35 @@
-"""The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, and the largest batch of reconstruction guidance: computed by
-ctrl/activations.py and not measured on any such card.
+"""The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, the largest batch of reconstruction guidance, and what an update takes beside
+the published step: computed by ctrl/activations.py and not measured on any such card.
 
 Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
 blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps. `--check` compares the formula with the growth of a process on
-this machine's CPU, for the networks of Stable Diffusion 1.5 at 256x256 in float32.
+this machine's CPU, for the networks of Stable Diffusion 1.5 in float32.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, or as a module
 
 from ctrl import errors
-from ctrl.activations import DECODING, TEMPORARIES, guidance_mb, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.activations import MARGIN, guidance_mb, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.costs import PUBLISHED
 from ctrl.measure import alone, status_mb
 from scripts.common import DEFAULTS, read_yaml
 
-CARDS, NUM_STEPS, SHARE = (12, 24, 40, 80), 50, 0.92  # GB; of the card, to be filled
+CARDS, NUM_STEPS, SHARE = (12, 24, 40, 80), 50, 0.85  # GB; of the card, to be filled
 KEPT = 6  # float32 tensors of a latent's shape that a step keeps: x_t, its noise, eps of psi and pre, and what the KL needs of them
-LORA = read_yaml(DEFAULTS)["finetune"]["lora"]
+CONFIG = read_yaml(DEFAULTS)
+BATCHES = [b for b in (1, 2, 4, 8, 16, 32, 64) if CONFIG["finetune"]["batch_size"] % b == 0]  # a micro-batch is a part of a batch
+LORA, PUBLISHED_LORA = CONFIG["finetune"]["lora"], CONFIG["adapters"][PUBLISHED]["lora"]
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
 SDXL = {
     "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
@@ -34,14 +39,16 @@ SDXL = {
 }  # fmt: skip
 MODELS = {"Stable Diffusion 1.5": {"sample_size": 64, "cross_attention_dim": 768}, "SDXL": SDXL}
 TEXT_MILLIONS = {"Stable Diffusion 1.5": 123, "SDXL": 123 + 695}  # parameters of the text encoders
-CHECKED = MODELS["Stable Diffusion 1.5"] | {"sample_size": 32}  # 256x256 pixels
+CHECKED = [("UNet", 32, 1), ("UNet", 32, 4), ("UNet", 64, 1), ("VAE", 32, 1)]  # network, size of the latents, images
 
 
-def unet_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1) -> tuple[UNet2DConditionModel, int, object]:
+def unet_pass(
+    config: dict, device: str, dtype: torch.dtype, batch_size: int = 1, lora: dict = LORA
+) -> tuple[UNet2DConditionModel, int, object]:
     """A UNet with LoRA, how many values are trained, and a function that makes one pass of it."""
     with torch.device(device):
         unet = UNet2DConditionModel(**config).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=LORA["rank"], lora_alpha=LORA["rank"], target_modules=LORA["target_modules"]))
+        unet.add_adapter(LoraConfig(r=lora["rank"], lora_alpha=lora["rank"], target_modules=lora["target_modules"]))
         unet.to(dtype)
         size = config["sample_size"]
         x = torch.zeros(batch_size, 4, size, size, dtype=dtype).requires_grad_()
@@ -73,11 +80,10 @@ def computed(name: str, config: dict) -> dict:
     latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
     row = {"model": name, "weights_and_optimizer_mb": fixed, "unet_pass_mb": unet_mb, "decode_mb": decode_mb, "latents_mb": latents_mb}
     for how, kept in unet_mb.items():
-        whole = unet_mb["whole passes"]
-        needed = {b: training_mb(fixed, kept, whole, decode_mb[how], latents_mb, b, 2) for b in (1, 2, 4, 8, 16, 32, 64)}
+        needed = {b: training_mb(fixed, kept, decode_mb[how], latents_mb, b, 2) for b in BATCHES}
         row[how] = fitting(needed, "micro_batch_size")
     frozen, whole, decoded = fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"]
-    needed = {b: guidance_mb(frozen, whole, decoded, b, 2) for b in (1, 2, 4, 8, 16)}
+    needed = {b: guidance_mb(frozen, whole, decoded, b, 2) for b in BATCHES}
     return row | {"reconstruction guidance": fitting(needed, "batch_size")}
 
 
@@ -90,10 +96,39 @@ def fitting(needed: dict[int, float], name: str) -> dict[str, dict]:
     return found
 
 
-def growth(what: str, by_blocks: bool) -> float:
+def beside_published(batch_size: int) -> dict:
+    """What an update of Stable Diffusion 1.5 takes, `batch_size` trajectories at a time: ours by blocks, and the published step.
+
+    That one has a second UNet, plain attention, whole passes that are made one after the other, and decodes all images at once.
+    """
+    name, found = "Stable Diffusion 1.5", {}
+    config, size = MODELS[name], MODELS[name]["sample_size"]
+    latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
+    for dtype in (torch.float32, torch.bfloat16):
+        (unet, trained, run), (vae, decode) = unet_pass(config, "meta", dtype), decoding(size, "meta", dtype)
+        fixed = weights_mb(unet, vae) + TEXT_MILLIONS[name] * 1e6 * dtype.itemsize / 2**20 + trained_mb(trained)
+        kept = kept_by_blocks_mb(unet, run), kept_by_blocks_mb(vae, decode)
+        found[f"ours, {str(dtype).removeprefix('torch.')} weights"] = training_mb(fixed, *kept, latents_mb, batch_size, 2)
+    (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.float32, 1, PUBLISHED_LORA), decoding(size, "meta", torch.float32)
+    fixed = weights_mb(unet, unet, vae) + TEXT_MILLIONS[name] * 1e6 * 4 / 2**20 + trained_mb(trained)
+    unet.set_attn_processor(AttnProcessor())
+    published = training_mb(fixed, kept_mb(unet, run), batch_size * kept_mb(vae, decode), latents_mb, batch_size, 1)
+    ratios = {f"{what}, ratio": mb / published for what, mb in found.items()}
+    return {"model": name, "batch_size": batch_size, "memory_mb": found | {PUBLISHED: published}, "ratios": ratios}
+
+
+def checked(what: str, size: int, images: int, device: str) -> tuple[torch.nn.Module, int, object]:
+    """A network that is measured, how many values of it are trained, and a function that makes one pass of it."""
+    if what == "UNet":
+        return unet_pass(MODELS["Stable Diffusion 1.5"] | {"sample_size": size}, device, torch.float32, images)
+    vae, decode = decoding(size, device, torch.float32)
+    return vae, 0, decode
+
+
+def growth(what: str, size: int, images: int, by_blocks: bool) -> float:
     """MB by which this process grows, at its peak, for one pass and the way back, in a process of its own."""
     torch.set_num_threads(1)
-    network, run = checked(what, "cpu")
+    network, _, run = checked(what, size, images, "cpu")
     with torch.no_grad():
         run()
     if by_blocks:
@@ -104,17 +139,13 @@ def growth(what: str, by_blocks: bool) -> float:
     return status_mb("VmHWM") - before
 
 
-def checked(what: str, device: str) -> tuple[torch.nn.Module, object]:
-    """A network that is measured, and a function that makes one pass of it."""
-    return unet_pass(CHECKED, device, torch.float32)[::2] if what == "UNet" else decoding(CHECKED["sample_size"], device, torch.float32)
-
-
-def check(what: str, by_blocks: bool) -> dict:
-    """What is counted beside what is measured."""
-    network, run = checked(what, "meta")
-    whole, kept = kept_mb(network, run), (kept_by_blocks_mb if by_blocks else kept_mb)(network, run)
-    formula = kept + TEMPORARIES * whole if what == "UNet" else DECODING * kept
-    return {"network": what, "by_blocks": by_blocks, "kept_mb": kept, "formula_mb": formula, "measured_mb": alone(growth, what, by_blocks)}
+def check(what: str, size: int, images: int, by_blocks: bool) -> dict:
+    """What is counted, with the gradients of what is trained, beside what is measured."""
+    network, trained, run = checked(what, size, images, "meta")
+    kept, gradients_mb = (kept_by_blocks_mb if by_blocks else kept_mb)(network, run), trained * 4 / 2**20
+    row = {"network": what, "pixels": 8 * size, "images": images, "by_blocks": by_blocks, "kept_mb": kept}
+    measured = alone(growth, what, size, images, by_blocks)
+    return row | {"formula_mb": MARGIN * kept + gradients_mb, "measured_mb": measured}
 
 
 def main() -> None:
@@ -122,9 +153,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare with this machine's CPU instead")
     args = parser.parse_args()
     if args.check:
-        rows = [check(what, by_blocks) for what in ("UNet", "VAE") for by_blocks in (False, True)]
+        # Large tensors outside of the heap: glibc's holes between them took two thirds of a pass again, which a GPU's allocator has not.
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        rows = [check(*what, by_blocks) for what in CHECKED for by_blocks in (False, True)]
     else:
-        rows = [computed(name, config) for name, config in MODELS.items()]
+        rows = [*(computed(name, config) for name, config in MODELS.items()), beside_published(4)]
     print(json.dumps(rows, indent=2))
 
 

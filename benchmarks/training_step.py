@@ -1,8 +1,8 @@
 """What a training step costs: our default, our preset `published`, and the published code's own step, each in a process of its own.
 
-On a CPU it takes the embedded base, by the config's sampler; on a GPU config/stable_diffusion/compressibility.yaml and a UNet, VAE and text
-encoder of that model's architecture with random weights (time and memory do not depend on the values): 50 steps of 512x512 pixels with
-guidance. The classifier is untrained. Every variant has as many trajectories an update and at a time, so that
+On a CPU it takes the embedded base, by the config's sampler; on a GPU, or with --image-size, config/stable_diffusion/compressibility.yaml
+and a UNet, VAE and text encoder of that model's architecture with random weights (time and memory do not depend on the values): 50 steps of
+512x512 pixels with guidance. The classifier is untrained. Every variant has as many trajectories an update and at a time, so that
 `speedup_vs_published` (seconds an update, and images a second alike) and `memory_vs_published` (peak of the process, or of the GPU) are of
 like with like; what an update teaches is not compared here. scripts/benchmark_training.py compares the trainers on a finished experiment.
 """
@@ -35,16 +35,17 @@ from scripts.common import DEFAULTS, add_config_argument, load_config, read_yaml
 from scripts.loading import log_prob_of_latents, new_control
 
 PLAIN = {"speed": {"channels_last": False, "compile": False}}  # the rest of speed is our trainers' alone
-VARIANTS = {  # recipe, and what differs from its settings; the last one is the published code's own step
+VARIANTS = {  # recipe, and what differs from its config; the last one is the published code's own step
     "default": ("ctrl", {}),
-    "default, passes computed again": ("ctrl", {"gradient_checkpointing": True}),
+    "default, passes computed again": ("ctrl", {"finetune": {"gradient_checkpointing": True}}),
+    "default, bfloat16 weights": ("ctrl", {"base": {"dtype": "bfloat16"}}),
     "published preset": (PUBLISHED, {}),
-    PUBLISHED: (PUBLISHED, PLAIN),
+    PUBLISHED: (PUBLISHED, {"finetune": PLAIN}),
 }
 GPU = DEFAULTS.parent / "stable_diffusion" / "compressibility.yaml"
 
 
-def stable_diffusion(device: str) -> bases.Base:
+def stable_diffusion(image_size: int, device: str, dtype: str) -> bases.Base:
     """Stable Diffusion 1.5's architecture with random weights; the tokenizer and the scheduler are the embedded base's."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -54,16 +55,19 @@ def stable_diffusion(device: str) -> bases.Base:
     with torch.device(device):  # random weights are drawn where they stay
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
-            up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
+            up_block_types=("UpDecoderBlock2D",) * 4, sample_size=image_size,
         )  # fmt: skip
-        networks = {"unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768), "vae": vae, "text_encoder": CLIPTextModel(text)}
+        unet = UNet2DConditionModel(sample_size=image_size // 8, cross_attention_dim=768)
+        networks = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
     for network in networks.values():
         network.requires_grad_(False).eval()
     pipe = StableDiffusionPipeline(
         **networks, tokenizer=embedded.tokenizer, scheduler=embedded.scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    return bases.Base(pipe.to(device), Source("Stable Diffusion 1.5, random weights", Path(), "StableDiffusionPipeline"))
+    return bases.Base(
+        pipe.to(device, getattr(torch, dtype)), Source("Stable Diffusion 1.5, random weights", Path(), "StableDiffusionPipeline")
+    )
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
@@ -83,7 +87,11 @@ def measure(name: str, config: dict, args: argparse.Namespace) -> dict:
     """The figures of one variant."""
     torch.set_num_threads(args.num_threads)
     device, settings = "cuda" if torch.cuda.is_available() else "cpu", config["finetune"]
-    make = (lambda: bases.load(args.base, device=device)) if args.base else (lambda: stable_diffusion(device))
+    dtype = config["base"]["dtype"]
+
+    def make() -> bases.Base:
+        return stable_diffusion(args.image_size, device, dtype) if args.image_size else bases.load(args.base, dtype=dtype, device=device)
+
     base = make()
     process = base.process(config["sampler"]["num_steps"], config["sampler"]["eta"], config["sampler"]["spacing"])
     control = new_control(base, process, Factors.of(4), config)
@@ -105,7 +113,7 @@ def measure(name: str, config: dict, args: argparse.Namespace) -> dict:
         for number in numbers:
             gradient(number)
     cast = name != PUBLISHED and wanted(settings["speed"]["autocast"], torch.device(device))
-    available, flops = matmul_flops(device, torch.bfloat16 if cast else torch.float32), counter.get_total_flops() / len(numbers)
+    available, flops = matmul_flops(device, torch.bfloat16 if cast else base.dtype), counter.get_total_flops() / len(numbers)
     return {
         "name": name, "trainer": settings["trainer"], "num_steps": process.num_steps, "batch_size": settings["batch_size"],
         "micro_batch_size": settings["micro_batch_size"], "gradient_checkpointing": name == PUBLISHED or settings["gradient_checkpointing"],
@@ -122,29 +130,37 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
     gpu = torch.cuda.is_available()
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--base", type=Path, default=None if gpu else Path("resources/mini-sd"), help="a diffusers folder (default: see above)"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=4 if gpu else 32, help="trajectories an update, all at a time (default: %(default)s)"
-    )
+    which.add_argument("--image-size", type=int, help="pixels of Stable Diffusion 1.5's architecture (default: 512 on a GPU, see above)")
+    parser.add_argument("--num-steps", type=int, help="sampling steps (default: the config's)")
+    parser.add_argument("--batch-size", type=int, help="trajectories an update, all at a time (default: 32 of the embedded base, else 4)")
     parser.add_argument("--updates", type=int, default=4, help="timed, spread over the training (default: %(default)s)")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures instead of the table")
     args = parser.parse_args()
-    if min(args.batch_size, args.updates, args.num_threads) < 1:
-        raise errors.UserError("--batch-size, --updates and --num-threads must be 1 or more")
+    if gpu and not args.base:
+        args.image_size = args.image_size or 512
+    args.batch_size = args.batch_size or (4 if args.image_size else 32)
+    if min(args.batch_size, args.updates, args.num_threads, args.num_steps or 1) < 1:
+        raise errors.UserError("--batch-size, --num-steps, --updates and --num-threads must be 1 or more")
+    if args.image_size and (args.image_size < 64 or args.image_size % 64):
+        raise errors.UserError(f"--image-size must be a multiple of 64, not {args.image_size}")
     return args
 
 
 def main() -> None:
     args, rows = parse(), []
-    own = {"batch_size": args.batch_size, "micro_batch_size": args.batch_size}
-    config = merge(load_config(args), {} if args.base else read_yaml(GPU))
+    own = {"finetune": {"batch_size": args.batch_size, "micro_batch_size": args.batch_size}}
+    if args.num_steps:
+        own["sampler"] = {"num_steps": args.num_steps}
+    config = merge(load_config(args), read_yaml(GPU) if args.image_size else {})
     started = time.strftime("%Y-%m-%d")
     for name, (recipe, differs) in VARIANTS.items():
         print(f"measuring: {name}", file=sys.stderr, flush=True)
-        rows.append(alone(measure, name, merge(for_adapter(config, recipe), {"finetune": own | differs}), args))
+        rows.append(alone(measure, name, merge(for_adapter(config, recipe), own, differs), args))
     rows = with_ratios(rows)
     best = rows[0]
     ratios = {key: best[key] for key in ("speedup_vs_published", "memory_vs_published", "training_memory_vs_published")}

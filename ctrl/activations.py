@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONTEXT_MB = 1500.0  # assumed, not measured: CUDA's context and cuDNN's workspaces
-TEMPORARIES = 0.65  # of what a whole pass of the UNet keeps, beside what is kept; `benchmarks/memory.py --check` measures it on a CPU
-DECODING = 1.2  # times what decoding keeps; measured there, too
+MARGIN = 1.1  # times what autograd keeps: what comes and goes beside it; `benchmarks/memory.py --check` measures it on a CPU
 
 
 class _Attention(torch.autograd.Function):
@@ -71,23 +70,20 @@ def trained_mb(number: int) -> float:
     return number * 16 / 2**20
 
 
-def training_mb(
-    fixed_mb: float, kept: float, whole_mb: float, decode_mb: float, latents_mb: float, micro_batch_size: int, passes: int
-) -> float:
+def training_mb(fixed_mb: float, kept: float, decode_mb: float, latents_mb: float, micro_batch_size: int, passes: int) -> float:
     """The peak of a training with gradient checkpointing and decoding image by image, in MB.
 
-        context + weights and optimizer + max(B · passes · (kept + 0.65 · whole pass), 1.2 · decoding one image) + B · latents
+        context + weights and optimizer + 1.1 · max(B · passes · kept, decoding one image) + B · latents
 
-    `fixed_mb` are weights and optimizer, `kept` what autograd keeps of one image's pass, by blocks or, as `whole_mb`, of all of it,
-    `passes` 2 with prompt guidance, `latents_mb` of a trajectory: what each step keeps to begin its pass again.
+    `fixed_mb` are weights and optimizer, `kept` what autograd keeps of one image's pass, by blocks or of all of it, `passes` 2 with
+    prompt guidance, `latents_mb` of a trajectory: what each step keeps to begin its pass again.
     """
-    unet_mb = micro_batch_size * passes * (kept + TEMPORARIES * whole_mb)
-    return CONTEXT_MB + fixed_mb + max(unet_mb, DECODING * decode_mb) + micro_batch_size * latents_mb
+    return CONTEXT_MB + fixed_mb + MARGIN * max(micro_batch_size * passes * kept, decode_mb) + micro_batch_size * latents_mb
 
 
-def guidance_mb(fixed_mb: float, whole_mb: float, decode_mb: float, batch_size: int, passes: int) -> float:
+def guidance_mb(fixed_mb: float, kept: float, decode_mb: float, batch_size: int, passes: int) -> float:
     """The peak of reconstruction guidance in MB: a step's graph goes through the UNet and the decoder, for a whole batch at once.
 
-    context + weights + B · (passes · 1.65 · whole pass + 1.2 · decoding one image)
+    context + weights + 1.1 · B · (passes · kept + decoding one image)
     """
-    return CONTEXT_MB + fixed_mb + batch_size * (passes * (1 + TEMPORARIES) * whole_mb + DECODING * decode_mb)
+    return CONTEXT_MB + fixed_mb + MARGIN * batch_size * (passes * kept + decode_mb)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import unet_pass
-from ctrl.activations import CONTEXT_MB, DECODING, TEMPORARIES, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
+from ctrl.activations import CONTEXT_MB, MARGIN, guidance_mb, kept_by_blocks_mb, kept_mb, trained_mb, training_mb, weights_mb
 
 SMALL = {"sample_size": 16, "cross_attention_dim": 32, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
 SMALL |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
@@ -37,6 +37,7 @@ def test_a_unet_of_blocks_keeps_what_goes_into_them():
 
 
 def test_the_peak_is_the_passes_of_a_batch_or_decoding():
-    assert training_mb(100, 10, 20, 50, 1, micro_batch_size=4, passes=2) == CONTEXT_MB + 100 + 4 * 2 * (10 + TEMPORARIES * 20) + 4
-    assert training_mb(100, 10, 20, 50, 1, micro_batch_size=1, passes=2) == CONTEXT_MB + 100 + DECODING * 50 + 1
+    assert training_mb(100, 10, 50, 1, micro_batch_size=4, passes=2) == CONTEXT_MB + 100 + MARGIN * 4 * 2 * 10 + 4
+    assert training_mb(100, 10, 50, 1, micro_batch_size=1, passes=2) == CONTEXT_MB + 100 + MARGIN * 50 + 1
+    assert guidance_mb(100, 10, 50, batch_size=4, passes=2) == CONTEXT_MB + 100 + MARGIN * 4 * (2 * 10 + 50)
     assert trained_mb(2**20) == 16
