@@ -2,8 +2,9 @@
 the published step: computed by ctrl/activations.py and not measured on any such card.
 
 Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
-blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps. `--check` compares the formula with the growth of a process on
-this machine's CPU, for the networks of Stable Diffusion 1.5 in float32.
+blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps, and beside them what the largest of the tasks in
+config/stable_diffusion takes: CLIP ViT-L/14 as a classifier, and once more as the probe's oracle. `--check` compares the formula with the
+growth of a process on this machine's CPU, for the networks of Stable Diffusion 1.5 in float32.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import open_clip
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -70,20 +72,28 @@ def decoding(size: int, device: str, dtype: torch.dtype) -> tuple[AutoencoderKL,
     return vae, lambda: vae.decode(x_0).sample
 
 
+def clip_mb() -> tuple[float, float]:
+    """MB of CLIP ViT-L/14's weights, as ctrl/clip.py keeps them, and of what autograd keeps of an image."""
+    with torch.device("meta"):
+        clip, image = open_clip.create_model("ViT-L-14", device="meta").requires_grad_(False), torch.zeros(1, 3, 224, 224).requires_grad_()
+    return weights_mb(clip), kept_mb(clip, lambda: clip.encode_image(image))
+
+
 def computed(name: str, config: dict) -> dict:
     """What each part takes, in MB, and the largest micro-batch of each card."""
-    size = config["sample_size"]
+    size, (clip, image) = config["sample_size"], clip_mb()
     (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.bfloat16), decoding(size, "meta", torch.bfloat16)
     fixed = weights_mb(unet, vae) + TEXT_MILLIONS[name] * 1e6 * 2 / 2**20 + trained_mb(trained)
     unet_mb = {"whole passes": kept_mb(unet, run), "blocks": kept_by_blocks_mb(unet, run)}
     decode_mb = {"whole passes": kept_mb(vae, decode), "blocks": kept_by_blocks_mb(vae, decode)}
     latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
     row = {"model": name, "weights_and_optimizer_mb": fixed, "unet_pass_mb": unet_mb, "decode_mb": decode_mb, "latents_mb": latents_mb}
+    row |= {"clip_mb": clip, "clip_image_mb": image}
     for how, kept in unet_mb.items():
-        needed = {b: training_mb(fixed, kept, decode_mb[how], latents_mb, b, 2) for b in BATCHES}
+        needed = {b: training_mb(fixed + 2 * clip, kept, decode_mb[how] + image, latents_mb, b, 2) for b in BATCHES}
         row[how] = fitting(needed, "micro_batch_size")
     frozen, whole, decoded = fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"]
-    needed = {b: guidance_mb(frozen, whole, decoded, b, 2) for b in BATCHES}
+    needed = {b: guidance_mb(frozen + clip, whole, decoded + image, b, 2) for b in BATCHES}
     return row | {"reconstruction guidance": fitting(needed, "batch_size")}
 
 

@@ -35,7 +35,7 @@ def kept_mb(network: nn.Module, function: Callable[[], object]) -> float:
         return tensor
 
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    fused = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v))
+    fused = mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: _Attention.apply(q, k, v))
     with fused, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) / 2**20

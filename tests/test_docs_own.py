@@ -110,6 +110,6 @@ def test_every_argument_of_trl_is_answered():
         train_adam_epsilon train_gradient_accumulation_steps train_max_grad_norm train_num_inner_epochs train_cfg
         train_adv_clip_max train_clip_range train_timestep_fraction per_prompt_stat_tracking async_reward_computation
         max_workers negative_prompts truncated_backprop_rand truncated_backprop_timestep truncated_rand_backprop_minmax
-        push_to_hub
+        push_to_hub train_batch_size image_samples_hook
     """
     assert [name for name in arguments.split() if f"`{name}`" not in text] == []
