@@ -24,12 +24,7 @@ from ctrl.sampling import noise_of, sample
 
 TOLERANCE = 3  # grey levels of 255: rounding, which a wild adapter magnifies; another adapter's images differ by tens
 CHECKED_STEPS, CHECKED_LATENTS = 10, 4 * 64**2  # of what is drawn to check that: see `check_in_plain_diffusers`
-CARD = """---
-base_model: {base_code}
-library_name: diffusers
-license: mit
-tags: [{tag}, {tag}-diffusers, text-to-image, diffusers, lora, ctrl]
----
+CARD = """{head}
 # {name}: a label for {base}
 
 LoRA and label embedding trained by {trained}.
@@ -57,17 +52,19 @@ Made for the base with the fingerprint {base_fingerprint}, and for the sampler i
 """
 
 # How plain diffusers loads a base with an adapter's pipeline: by a folder or a name, or from one file of weights.
-FROM_PRETRAINED = """from diffusers import DiffusionPipeline
+FROM_PRETRAINED = """from diffusers import DiffusionPipeline{fetched}
 
 pipe = DiffusionPipeline.from_pretrained({base}, custom_pipeline={folder}, trust_remote_code=True{how})"""
 FROM_SINGLE_FILE = """import sys
 
-from diffusers import {kind}
+from diffusers import {kind}{fetched}
 
 sys.path.insert(0, {folder})
 from pipeline import with_labels
 
 pipe = with_labels({kind}.from_single_file({base}{how}))"""
+
+UNCHECKED = ", safety_checker=None, feature_extractor=None"  # as in training: these are not fetched with a base
 
 # What a user would write, in a process that has never heard of this package.
 PLAIN_DIFFUSERS = """
@@ -101,11 +98,24 @@ def is_single_file(described: dict) -> bool:
     return described["base"].endswith(".safetensors")
 
 
-def loading(described: dict, folder: Path, options: str = "") -> str:
-    """Python that loads the base that adapter.json describes as `pipe`, with the pipeline in `folder`, by plain diffusers."""
-    how = "".join(f", {key}={literal(value)}" for key, value in described["base_files"].items()) + options
-    code = FROM_SINGLE_FILE if is_single_file(described) else FROM_PRETRAINED
-    return code.format(base=literal(described["base"]), folder=literal(str(folder)), kind=described["base_kind"], how=how)
+def head(described: dict) -> str:
+    """The card's metadata. The hub refuses a `base_model` that is no name of its own; and nobody has said what licence the adapter has."""
+    on_hub = "revision" in described.get("base_files", {}) and not is_single_file(described)
+    base = f"base_model: {literal(described['base'])}\n" if on_hub else ""
+    tag = "stable-diffusion-xl" if "XL" in described["base_kind"] else "stable-diffusion"
+    return f"---\n{base}library_name: diffusers\ntags: [{tag}, {tag}-diffusers, text-to-image, diffusers, lora, ctrl]\n---"
+
+
+def loading(described: dict, folder: str, fetched: str = "", options: str = "") -> str:
+    """Python that loads the base that adapter.json describes as `pipe`, by plain diffusers, with the pipeline in `folder`.
+
+    That is an expression, whose value `fetched` may bring. The base is the very one that the adapter was made for: same commit, same files.
+    """
+    how = "".join(f", {key}={literal(value)}" for key, value in described.get("base_files", {}).items())
+    single, kind = is_single_file(described), described["base_kind"]
+    unchecked = UNCHECKED if kind == "StableDiffusionPipeline" and not single else ""
+    code = FROM_SINGLE_FILE if single else FROM_PRETRAINED
+    return code.format(base=literal(described["base"]), folder=folder, kind=kind, fetched=fetched, how=how + unchecked + options)
 
 
 def write_adapter(control: Control, folder: Path, described: dict, prompt: str) -> None:
@@ -133,10 +143,10 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
             kl = f", KL = {last['kl_nats']:.3f} nats" if "kl_nats" in last else ""  # not every trainer measures it
             outcome = f"; at the end log p = {last['log_prob']:.3f} nats{kl}"
     texts = {key: escaped(described[key]) for key in ("base", "name", "device", "base_fingerprint")}
-    codes = {f"{key}_code": literal(value) for key, value in (("base", described["base"]), ("folder", str(folder)), ("prompt", prompt))}
+    codes = {"folder_code": literal(str(folder)), "prompt_code": literal(prompt)}
     card = CARD.format(
-        **described | texts | codes | {"labels": labels, "example": example, "loading": loading(described, folder)},
-        tag="stable-diffusion-xl" if "XL" in described["base_kind"] else "stable-diffusion",
+        **described | texts | codes | {"labels": labels, "example": example, "head": head(described)},
+        loading=loading(described, codes["folder_code"]),
         updates=settings["num_updates"], batch_size=settings["batch_size"], trained=trained, outcome=outcome,
         probe=settings["probe"]["num_images"], accuracy=last["oracle_accuracy"],
         trust="".join(f" {escaped(sentence)}" for sentence in judged.words(described.get("judges", {}))),
@@ -175,8 +185,7 @@ def check_in_plain_diffusers(
     output = folder / "plain_diffusers.npy"
     steps = {"num_inference_steps": CHECKED_STEPS} if fewer else {}
     arguments = json.dumps([str(folder), described["dtype"], prompts, written, steps, str(output)])
-    unchecked = "" if is_single_file(described) else ", safety_checker=None"
-    code = PLAIN_DIFFUSERS.replace("{loading}", loading(described, folder, f", torch_dtype=dtype{unchecked}"))
+    code = PLAIN_DIFFUSERS.replace("{loading}", loading(described, "folder", options=", torch_dtype=dtype"))
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder}: plain diffusers cannot load the adapter: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

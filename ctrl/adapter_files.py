@@ -103,19 +103,30 @@ def check_lora_metadata(path: Path, rank: int, targets: list[str]) -> None:
         raise UserError(f"{path}: its header asks for another LoRA than adapter.json describes; take the adapter from where it was made")
 
 
-def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """adapter.json, LoRA and label embedding of `folder`, for a `base` without one.
-
-    Raises UserError where they are missing, corrupt, links out of the folder, of other layers or shapes than the base's, or made for
-    another base, or where a label changes no image.
-    """
-    folder = Path(folder)
-    check_links(folder)
+def read_described(folder: Path) -> dict:
+    """adapter.json of `folder`. UserError where it is missing or describes no adapter, or one that is merged into a copy of its base."""
     path = folder / "adapter.json"
     described = read_json(path)
     if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(described)):
         where = ".".join(map(str, error.absolute_path)) or "it"
         raise UserError(f"{path} does not describe an adapter: {where}: {error.message[:200]}; take the one that was made with the weights")
+    if described.get("merged"):  # into a pipeline with code, which diffusers alone loads; on the base it would be used as if it were there
+        raise UserError(
+            f"{folder} is an adapter that is merged into its own copy of the base {described['base']}: load the whole folder by "
+            "plain diffusers, as its README.md says; or take the adapter that it was made of, or its export without --merge"
+        )
+    return described
+
+
+def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """adapter.json, LoRA and label embedding of `folder`, for a `base` without one.
+
+    Raises UserError where they are missing, corrupt, merged, links out of the folder, of other layers or shapes than the base's, or made
+    for another base, or where a label changes no image.
+    """
+    folder = Path(folder)
+    check_links(folder)
+    path, described = folder / "adapter.json", read_described(folder)
     if (found := base.fingerprint()) != described["base_fingerprint"]:
         raise UserError(
             f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described['base_fingerprint']}), "

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 from ctrl import control as controls
-from ctrl.adapter import pipeline_code
-from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE
+from ctrl.adapter import head, literal, loading, pipeline_code
+from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, read_described
 from ctrl.base import Base
 from ctrl.base_files import KINDS
 from ctrl.errors import UserError
 from ctrl.folders import check_links
-from ctrl.io import atomic_folder, read_json, write_json, write_text
+from ctrl.io import atomic_folder, load_tensors, read_json, write_json, write_text
+from ctrl.pipeline import overlap
 
 FIGURES = {  # of a finished experiment, and what they show
     "teaser": "the pretrained model's pictures, and the adapter's for each label",
@@ -20,18 +21,22 @@ FIGURES = {  # of a finished experiment, and what they show
     "factors": "accuracy of each factor",
     "training": "the training",
 }
-USAGE = """```python
-from diffusers import DiffusionPipeline
+FETCHED = """
 from huggingface_hub import snapshot_download
 
-folder = snapshot_download("{repository}")
-pipe = DiffusionPipeline.from_pretrained({base}, {custom}trust_remote_code=True)
+folder = snapshot_download({repository})"""
+FROM_MERGED = """from diffusers import DiffusionPipeline{fetched}
+
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)"""
+USAGE = """```python
+{loading}
 pipe.load_control(folder)
 images = {call}
 ```"""
 MERGED = """
 The LoRA is part of the UNet's weights here, so that `label` costs nothing. The LoRA's file takes it out again for `label=None`, for other
-strengths, and below the timestep where the pretrained model finishes alone: to within rounding. It is not to be loaded on top.
+strengths, and below the timestep where the pretrained model finishes alone: to within rounding. It is not to be loaded on top. These
+weights contain those of the base, whose licence applies to them.
 """
 
 
@@ -43,7 +48,7 @@ def export(adapter: Path, output: Path, repository: str, base: Base | None = Non
     """
     adapter = Path(adapter)
     check_links(adapter)
-    described = read_json(adapter / "adapter.json")
+    described = read_described(adapter)
     if described.get("base_kind") not in KINDS:  # it becomes code
         raise UserError(f"{adapter / 'adapter.json'}: base_kind is {described.get('base_kind')!r}, none of {', '.join(KINDS)}")
     if missing := [name for name in (LORA_FILE, EMBEDDING_FILE, "README.md") if not (adapter / name).is_file()]:
@@ -51,8 +56,7 @@ def export(adapter: Path, output: Path, repository: str, base: Base | None = Non
     card = (adapter / "README.md").read_text()
     with atomic_folder(output) as folder:
         if base is not None:
-            merge(base, adapter, folder)
-            described["merged"] = True
+            described |= {"merged": True, "base_overlap": merge(base, adapter, folder)}
         for name in (LORA_FILE, EMBEDDING_FILE, "history.jsonl"):
             if (adapter / name).is_file():
                 shutil.copy(adapter / name, folder / name)
@@ -62,13 +66,19 @@ def export(adapter: Path, output: Path, repository: str, base: Base | None = Non
         write_text(folder / "README.md", card_of(card, described, repository, shown))
 
 
-def merge(base: Base, adapter: Path, folder: Path) -> None:
-    """Writes the whole pipeline into `folder`, with the adapter's LoRA in the UNet's weights; plain diffusers finds its class there."""
-    controls.load(base, adapter).merge()
+def merge(base: Base, adapter: Path, folder: Path) -> float:
+    """Writes the whole pipeline into `folder`, with the adapter's LoRA in the UNet's weights; plain diffusers finds its class there.
+
+    Returns the LoRA's overlap with the base's own weights, by which the pipeline tells them from the merged ones.
+    """
+    control = controls.load(base, adapter)
+    before, _ = overlap(base.unet, load_tensors(adapter / LORA_FILE))
+    control.merge()
     base.unet.class_embedding = None  # it has its own file: the pipeline puts it into its slot
     base.pipe.save_pretrained(folder)
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"_class_name": ["pipeline", f"Label{base.source.kind}"]})
+    return before
 
 
 def copy_results(results: Path, folder: Path) -> str:
@@ -86,18 +96,18 @@ def copy_results(results: Path, folder: Path) -> str:
 
 
 def card_of(card: str, described: dict, repository: str, shown: str) -> str:
-    """The adapter's own card with the hub's address in its example, and with the section `shown` before that on the training."""
+    """The adapter's own card with the hub's address in its example, and with the section `shown` before that on the training.
+
+    Its metadata and how the base is loaded are written anew, from adapter.json: cards of older trainings said them otherwise.
+    """
     call = re.search(r"^images = (.*)$", card, re.MULTILINE)
-    base = re.search(r"from_pretrained\((\"(?:[^\"\\]|\\.)*\")", card)
-    if not call or not base or "\n## Training\n" not in card:
+    if not call or not card.startswith("---\n") or "\n## Training\n" not in card:
         raise UserError("the adapter's README.md is not the card that the training wrote: write it again, or take the adapter anew")
     merged = described.get("merged", False)
-    usage = USAGE.format(
-        repository=repository,
-        base="folder" if merged else base[1],
-        custom="" if merged else "custom_pipeline=folder, ",
-        call=call[1],
-    )
+    fetched = FETCHED.format(repository=literal(repository))
+    code = FROM_MERGED.format(fetched=fetched) if merged else loading(described, "folder", fetched)
+    usage = USAGE.format(loading=code, call=call[1])
+    card = re.sub(r"\A---\n.*?\n---$", lambda _: head(described), card, count=1, flags=re.DOTALL | re.MULTILINE)
     card = re.sub(r"```python\n.*?\n```", lambda _: usage + ("\n" + MERGED.rstrip() if merged else ""), card, count=1, flags=re.DOTALL)
     if merged:
         card = re.sub(r"The LoRA alone loads with\n`load_lora_weights` in any Stable Diffusion pipeline\.\n", "", card)

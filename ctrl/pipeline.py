@@ -44,6 +44,20 @@ def check_distinct(weight, control, folder):
         first += len(names)
 
 
+def overlap(unet, lora):
+    """The inner product of the UNet's weights with what the LoRA adds to them, and the latter's squared norm.
+
+    Merging the LoRA raises the first by the second: so that one tells merged weights from the base's, whatever they were rounded to.
+    """
+    inner = square = 0.0
+    for key in [key for key in lora if key.endswith(".lora_A.weight")]:
+        layer = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
+        added = lora[key.replace(".lora_A.", ".lora_B.")].float().flatten(1) @ lora[key].float().flatten(1)
+        inner += (layer.weight.detach().float().cpu().flatten(1) * added).sum().item()
+        square += added.square().sum().item()
+    return inner, square
+
+
 class LabelEmbedding(torch.nn.Embedding):
     """The sum over the factors of a label: from rows of the table with shape (B, factors) to (B, width)."""
 
@@ -87,6 +101,11 @@ class LabelControl:
         folder = Path(folder)
         control = json.loads((folder / "adapter.json").read_text())
         weights = load_file(folder / "label_embedding.safetensors")
+        if control.get("merged"):
+            inner, square = overlap(self.unet, load_file(folder / "pytorch_lora_weights.safetensors"))
+            if inner < control["base_overlap"] + square / 2:
+                merged = f"{folder}: the LoRA is merged into the weights in this folder, and this pipeline has others"
+                raise ValueError(f"{merged}: load the pipeline from here, DiffusionPipeline.from_pretrained({str(folder)!r}, ...)")
         # The UNet's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
         file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet", "use_safetensors": True}
         if "continuous" in control:
@@ -215,6 +234,9 @@ class LabelControl:
             raise ValueError(f"strength is {strength!r}: it goes from 0 (the pretrained model) over 1 (the trained one) to more")
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
+        for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):  # diffusers takes lists beside a list of prompts
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = [kwargs[name]] * len(prompts)
         with self.conditioned(labels, strength):
             return super().__call__(prompts, num_images_per_prompt=num_images_per_prompt, **self.sampler_settings(kwargs))
 

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ctrl
 from ctrl import base as bases
 from ctrl import control as controls
-from ctrl.adapter import check_in_plain_diffusers, write_adapter
+from ctrl.adapter import check_in_plain_diffusers, head, loading, write_adapter
 from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.io import write_json
@@ -216,7 +217,33 @@ def test_missing_adapter_is_refused(tiny_sd, tmp_path):
 def test_card_speaks_of_every_label(adapter):
     card = (adapter[0] / "README.md").read_text()
     assert all(f"| {y} | {name} |" in card for y, name in enumerate("abc")) and "load_control" in card
-    assert card.startswith("---\nbase_model: ")
+    assert card.startswith("---\nlibrary_name: ") and "base_model" not in card and "license" not in card, "a folder is no name on the hub"
+
+
+def test_card_names_a_base_of_the_hub_with_its_commit_and_variant(adapter):
+    on_hub = adapter[1] | {"base": "owner/sd1", "base_files": {"revision": "0123abc", "variant": "fp16"}}
+    assert yaml.safe_load(head(on_hub).strip("-"))["base_model"] == "owner/sd1"
+    assert 'from_pretrained("owner/sd1", custom_pipeline=folder, trust_remote_code=True, revision="0123abc", variant="fp16"' in loading(
+        on_hub, "folder"
+    )
+    assert "safety_checker=None" in loading(on_hub, "folder")
+    assert "safety_checker" not in loading(on_hub | {"base_kind": "StableDiffusionXLPipeline"}, "folder"), "SDXL has none"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "half", "bf16", torch.int8, None])
+def test_a_dtype_is_torchs_or_a_name_or_one_line(tiny_sd, adapter, dtype):
+    assert ctrl.load(tiny_sd, adapter[0], dtype=torch.float32).unet.dtype == torch.float32
+    says = "made for the base" if dtype == torch.bfloat16 else "dtype is .*: give one of float32, bfloat16, float16"
+    with pytest.raises(UserError, match=says):
+        ctrl.load(tiny_sd, adapter[0], dtype=dtype)
+
+
+def test_a_negative_prompt_goes_for_all_prompts(tiny_sd, adapter):
+    pipe = ctrl.load(tiny_sd, adapter[0])
+    for prompts in ("coat", ["coat", "bag"]):
+        listed = ["bag"] * (1 if prompts == "coat" else 2)
+        one, each = (stack(pipe(prompts, label=0, seed=0, negative_prompt=negative).images) for negative in ("bag", listed))
+        assert np.array_equal(one, each) and not np.array_equal(one, stack(pipe(prompts, label=0, seed=0).images))
 
 
 def test_importing_the_package_is_cheap():
