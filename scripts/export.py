@@ -9,6 +9,7 @@ from pathlib import Path
 from ctrl import base as bases
 from ctrl import errors
 from ctrl.export import export
+from ctrl.hub import check_repository
 from ctrl.io import read_json
 
 
@@ -23,8 +24,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="for --merge: of the copy")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args()
-    if args.repository.count("/") != 1:
-        raise errors.UserError(f"--repository is {args.repository}: give owner/name")
+    check_repository(args.repository)
     base = None
     if args.merge:
         described = read_json(args.adapter / "adapter.json")

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 
 from ctrl import errors
 from ctrl.folders import check_links
+from ctrl.hub import check_repository
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--message", default="Upload", help="of the commit (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     args = parser.parse_args()
+    check_repository(args.repository)
     if not (args.folder / "README.md").is_file():
         raise errors.UserError(f"{args.folder} has no README.md: make it by scripts/export.py")
     check_links(args.folder)
@@ -34,7 +36,7 @@ def main() -> None:
     try:
         api.create_repo(args.repository, private=not args.public, exist_ok=True)
         done = api.upload_folder(repo_id=args.repository, folder_path=args.folder, commit_message=args.message)
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, ValueError, OSError) as error:  # ValueError: it takes neither the name nor the card's metadata
         raise errors.UserError(f"the hub refused {args.repository}: {error}") from error
     print(done.commit_url)
 

@@ -25,6 +25,8 @@ class Hub(BaseHTTPRequestHandler):
         host = f"http://{self.headers['Host']}"
         if self.headers["Authorization"] != "Bearer hf_right":
             return self.answer(401, {"error": "no such token"})
+        if self.path == "/api/validate-yaml" and b"base_model: /" in body:
+            return self.answer(400, {"errors": [{"message": '"base_model" must be a string of the form owner/name'}]})
         if "/preupload/" in self.path:
             files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
             return self.answer(200, {"files": files})
@@ -94,6 +96,17 @@ def test_without_a_token_or_with_a_wrong_one_it_is_one_line(exported, hub, monke
     assert call(monkeypatch, str(exported), "--repository", "me/coats") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the hub refused me/coats") and said.count("\n") == 1 and "hf_wrong" not in said and not hub.files
+
+
+def test_a_card_that_the_hub_refuses_and_a_name_without_an_owner_are_one_line(exported, hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    (exported / "README.md").write_text("---\nbase_model: /home/me/sd\n---\n# An adapter\n")
+    assert call(monkeypatch, str(exported), "--repository", "me/coats") == 2
+    said = capsys.readouterr().err
+    assert "error: the hub refused me/coats: Invalid metadata in README.md" in said and said.count("\n") == 1 and not hub.files
+    for name in ("me", "me/", "/coats", "me/coats/more"):
+        assert call(monkeypatch, str(exported), "--repository", name, "--dry-run") == 2
+        assert capsys.readouterr().err == f"error: --repository is {name}: give owner/name\n"
 
 
 def test_a_dry_run_lists_the_files_and_asks_nobody(exported, hub, monkeypatch, capsys):
