@@ -114,7 +114,7 @@ def test_the_exported_card_loads_the_commit_that_the_adapter_was_made_for(adapte
     files = {"revision": "0123abc", "variant": "fp16"}
     write_json(adapter / "adapter.json", described | {"base": "owner/sd1", "base_files": files})
     card = (adapter / "README.md").read_text()
-    (adapter / "README.md").write_text(card.replace("---\n", "---\nbase_model: /home/me/sd1\nlicense: mit\n", 1))  # as it once was
+    (adapter / "README.md").write_text(card.replace("---\n", "---\nbase_model: /data/sd1\nlicense: mit\n", 1))  # as it once was
     export.export(adapter, tmp_path / "out", "me/coats")
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("owner/sd1", custom_pipeline=folder, trust_remote_code=True, revision="0123abc", variant="fp16"' in card

@@ -100,7 +100,7 @@ def test_without_a_token_or_with_a_wrong_one_it_is_one_line(exported, hub, monke
 
 def test_a_card_that_the_hub_refuses_and_a_name_without_an_owner_are_one_line(exported, hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    (exported / "README.md").write_text("---\nbase_model: /home/me/sd\n---\n# An adapter\n")
+    (exported / "README.md").write_text("---\nbase_model: /data/sd\n---\n# An adapter\n")
     assert call(monkeypatch, str(exported), "--repository", "me/coats") == 2
     said = capsys.readouterr().err
     assert "error: the hub refused me/coats: Invalid metadata in README.md" in said and said.count("\n") == 1 and not hub.files
