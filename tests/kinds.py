@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection
 
 from ctrl import pretrain
 from tests.strangers import edit_json
@@ -15,9 +15,18 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def sd_v(folder: Path, tiny_sd: Path) -> Path:
-    """Stable Diffusion that predicts v, as SD 2.x at 768 pixels."""
+    """SD 2.x at 768 pixels: it predicts v, its attention has linear projections, and its folder a feature extractor, as SD 1.5's has."""
     shutil.copytree(tiny_sd, folder)
     edit_json("scheduler/scheduler_config.json", prediction_type="v_prediction")(folder)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=(2, 4), use_linear_projection=True,
+    )  # fmt: skip
+    unet.save_pretrained(folder / "unet")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    edit_json("model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])(folder)
     return folder
 
 

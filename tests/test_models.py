@@ -144,9 +144,11 @@ def test_saved_and_loaded_the_pipeline_draws_the_trainers_images(folder, model, 
 
 
 @pytest.mark.slow
-def test_plain_diffusers_draws_the_same_images_with_an_adapter_of_sdxl(tmp_path):
-    model = bases.load(kinds.sdxl(tmp_path / "xl"))
-    place, described = adapter(scramble(Control(model, 3, 4, LAYERS)), tmp_path / "adapter", str(tmp_path / "xl"))
-    control = controls.load(bases.load(tmp_path / "xl"), place)
+@pytest.mark.parametrize("kind", ["v", "xl"])
+def test_plain_diffusers_draws_the_same_images_with_an_adapter_of_sd_2_and_of_sdxl(kind, tiny_sd, tmp_path):
+    base = kinds.sd_v(tmp_path / "base", tiny_sd) if kind == "v" else kinds.sdxl(tmp_path / "base")
+    model = bases.load(base)
+    place, described = adapter(scramble(Control(model, 3, 4, LAYERS)), tmp_path / "adapter", str(base))
+    control = controls.load(bases.load(base), place)
     check_in_plain_diffusers(control, model.process(3), place, described, [("coat", 0), ("bag", 2)], ["{}"])
-    assert "tags: [stable-diffusion-xl," in (place / "README.md").read_text()
+    assert f"tags: [stable-diffusion{'-xl' if kind == 'xl' else ''}," in (place / "README.md").read_text()
