@@ -35,6 +35,7 @@ SCHEMA = {  # of adapter.json; what else it says is for people
     "properties": {
         "base": NAME,
         "base_fingerprint": NAME,
+        "base_fingerprint_bfloat16": NAME,
         "base_kind": NAME,
         "base_files": {"type": "object", "propertyNames": {"enum": ["revision", "variant", "config"]}, "additionalProperties": NAME},
         "rank": {"type": "integer", "minimum": 1, "maximum": 10_000},
@@ -127,9 +128,12 @@ def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], di
     folder = Path(folder)
     check_links(folder)
     path, described = folder / "adapter.json", read_described(folder)
-    if (found := base.fingerprint()) != described["base_fingerprint"]:
+    key, dtype = "base_fingerprint", torch.float16
+    if "bfloat16" in (described.get("dtype"), str(base.dtype).removeprefix("torch.")) and "base_fingerprint_bfloat16" in described:
+        key, dtype = "base_fingerprint_bfloat16", torch.bfloat16  # of the same weights in float16 it may differ
+    if (found := base.fingerprint(dtype)) != described[key]:
         raise UserError(
-            f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described['base_fingerprint']}), "
+            f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described[key]}), "
             f"not for this one ({found}); load it on that base, or train a new one"
         )
     space, rank, targets = space_of_adapter(described), described["rank"], described["target_modules"]

@@ -171,14 +171,17 @@ class Base:
         parts = [vae.encode((part / 127.5 - 1).to(self.device, vae.dtype)).latent_dist.mean for part in images.split(size)]
         return torch.cat(parts).float() * vae.config.scaling_factor
 
-    def fingerprint(self) -> str:
-        """Short hash of the UNet's weights, the same in every precision: of the first values of each tensor, in half precision."""
+    def fingerprint(self, dtype: torch.dtype = torch.float16) -> str:
+        """Short hash of the UNet's weights: of the first values of each tensor, rounded to `dtype`.
+
+        Weights loaded in float32 and in `dtype` have the same one, so that of float16 and that of bfloat16 tell a base in every precision.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.unet.state_dict().items()):
             if "lora_" in name or name.startswith("class_embedding."):
                 continue
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.flatten()[:256].to(torch.float16).cpu().numpy().tobytes())
+            digest.update(tensor.flatten()[:256].to(dtype).cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

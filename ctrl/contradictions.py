@@ -39,8 +39,12 @@ def check_across(config: dict, where: str = "config") -> None:
         raise UserError(f"{where}: dataset.path is null; dataset.kind is folder, so it must name a folder of images")
     if config["sampler"]["spacing"] == "quadratic" and config["sampler"]["eta"] != 1:
         raise UserError(f"{where}: sampler.eta is {config['sampler']['eta']}; with sampler.spacing quadratic it must be 1")
-    if (gpus := config["cluster"]["finetune"]["gpus"]) > finetune["batch_size"]:
-        raise UserError(f"{where}: cluster.finetune.gpus is {gpus}, finetune.batch_size {finetune['batch_size']}; each GPU takes a share")
+    asked = config["cluster"]["finetune"]
+    if (processes := asked["nodes"] * max(asked["gpus"], 1)) > finetune["batch_size"]:
+        raise UserError(
+            f"{where}: cluster.finetune is {processes} processes (nodes x gpus), "
+            f"finetune.batch_size {finetune['batch_size']}; each takes a share"
+        )
     if finetune["gradient_checkpointing"] == "blocks" and finetune["speed"]["compile"]:
         raise UserError(f"{where}: finetune.gradient_checkpointing is blocks, which excludes finetune.speed.compile; set that to false")
     softening = finetune["temperature"]

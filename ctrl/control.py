@@ -263,6 +263,7 @@ def describe(control: Control, base_path: str, sampler: dict, label_names: Seque
         "base_kind": control.base.source.kind,
         "base_files": control.base.source.how,
         "base_fingerprint": control.base.fingerprint(),
+        "base_fingerprint_bfloat16": control.base.fingerprint(torch.bfloat16),
         "dtype": str(control.base.dtype).removeprefix("torch."),
         **control.settings,
         "null_label": space.label(space.null) if isinstance(space, Continuous) else control.null,

@@ -29,6 +29,8 @@ def join_processes() -> bool:
         if 0 < found < asked:
             raise errors.UserError(f"{asked} processes, but {found} GPUs: lower cluster.finetune.gpus, or accelerate's --num_processes")
         PartialState(cpu=not found, timeout=timedelta(hours=2))  # the others wait for the first one's probe
+        if parallel.is_main():
+            print(f"data parallel: {parallel.world()[1]} processes share each batch", flush=True)
     return parallel.is_main()
 
 

@@ -1,4 +1,5 @@
-"""A SLURM cluster of one node, in a folder of its own and on ports of its own: nothing outside the folder is written, none is met.
+"""A SLURM cluster of one node, or of several on this machine, in a folder of its own and on ports of its own: nothing outside the folder is
+written, none is met.
 
 Real daemons (Debian's packages slurm-wlm and munge), without accounting database, with GPUs that are files alone. By hand:
 
@@ -23,19 +24,18 @@ CPUS, MEMORY_MB, GPUS = 8, 64000, 8  # what the node says it has, to run some jo
 CONF = """
 ClusterName=ctrl
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -54,9 +54,9 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 GresTypes=gpu
 LaunchParameters=disable_send_gids
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN\n"
 
 
 def missing() -> str:
@@ -74,29 +74,32 @@ def free_port() -> int:
 class Cluster:
     """A running cluster; `environment` makes SLURM's programs, and so Snakemake, find it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, num_nodes: int = 1):
         self.folder, self.host, self.processes = folder, socket.gethostname().split(".")[0], {}
-        for name in ("state", "spool", "bin"):
+        self.nodes = [f"{self.host}-{k}" for k in range(num_nodes)] if num_nodes > 1 else [self.host]
+        for name in ("state", "bin", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        ports = [free_port(), free_port()]
-        (folder / "slurm.conf").write_text(
-            CONF.format(host=self.host, ports=ports, folder=folder, user=user, cpus=CPUS, memory=MEMORY_MB, gpus=GPUS)
-        )
+        amounts = {"host": self.host, "cpus": CPUS, "memory": MEMORY_MB, "gpus": GPUS}
+        nodes = [NODE.format(name=node, port=free_port(), **amounts) for node in self.nodes]
+        (folder / "slurm.conf").write_text(CONF.format(host=self.host, port=free_port(), folder=folder, user=user) + "".join(nodes))
         for k in range(GPUS):
             (folder / f"gpu{k}").touch()  # SLURM only counts and hands out the files
-        (folder / "gres.conf").write_text(f"NodeName={self.host} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
-        # Snakemake's SLURM plugin takes SLURM_CONF away from the srun in a job, which then looks for /etc/slurm/slurm.conf.
-        srun = folder / "bin" / "srun"
-        srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=PLACES)} "$@"\n')
-        srun.chmod(0o755)
+        gpus = [f"NodeName={node} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n" for node in self.nodes]
+        (folder / "gres.conf").write_text("".join(gpus))
+        # Snakemake's SLURM plugin takes SLURM_CONF away from a job, in which these then look for /etc/slurm/slurm.conf.
+        for name in ("srun", "scontrol"):
+            program = folder / "bin" / name
+            program.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which(name, path=PLACES)} "$@"\n')
+            program.chmod(0o755)
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder / 'bin'}{os.pathsep}{PLACES}"}
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Starts a daemon in the foreground, in a session of its own."""
+    def start(self, program: str, *arguments: str, name: str = "") -> None:
+        """Starts a daemon in the foreground, in a session of its own, as `name` where there are several of a program."""
+        name = name or program
         with (self.folder / f"{name}.out").open("a") as out:
             self.processes[name] = subprocess.Popen(
-                [shutil.which(name, path=PLACES), *arguments], env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=out,
+                [shutil.which(program, path=PLACES), *arguments], env=os.environ | self.environment, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=out, start_new_session=True, cwd=self.folder,  # where a daemon that crashes leaves its core
             )  # fmt: skip
 
@@ -108,14 +111,16 @@ class Cluster:
         self.start("munged", "--foreground", "--force", f"--key-file={key}", *(f"--{k}={self.folder / name}" for k, name in files.items()))
         wait_for(lambda: (self.folder / "munge.socket").exists(), "munged")
         self.start("slurmctld", "-D", "-c")
-        self.start_node()
-        wait_for(lambda: "idle" in self("sinfo", "-h", "-o", "%T"), "the node")
+        for node in self.nodes:
+            self.start_node(node)
+        wait_for(lambda: self("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.nodes), "the nodes")
 
-    def start_node(self) -> None:
-        self.start("slurmd", "-D")
+    def start_node(self, node: str = "") -> None:
+        node = node or self.host
+        self.start("slurmd", "-D", "-N", node, name="slurmd" if len(self.nodes) == 1 else f"slurmd-{node}")
 
     def stop_node(self) -> None:
-        """The node goes down: its daemon and every process of its jobs are gone at once."""
+        """The only node goes down: its daemon and every process of its jobs are gone at once."""
         self.kill("slurmd", signal.SIGKILL)
         self.kill_jobs()
 
@@ -157,9 +162,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Stops every job and daemon; nothing of them is left."""
-        for name in ("slurmd", "slurmctld", "munged"):
-            if name in self.processes:
-                self.kill(name)
+        for name in list(reversed(self.processes)):  # the nodes, the controller, munge
+            self.kill(name)
         self.kill_jobs()
 
 
@@ -174,9 +178,9 @@ def wait_for(condition, what: str, seconds: float = 60, every: float = 0.1):
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Cluster]:
+def running(folder: Path, num_nodes: int = 1) -> Iterator[Cluster]:
     """A cluster in the new `folder`, from start to stop."""
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, num_nodes)
     try:
         cluster.start_all()
         yield cluster

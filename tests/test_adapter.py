@@ -1,6 +1,7 @@
 """The adapter's folder in the hands of a user: plain diffusers, the Python API, wrong labels, another base."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -230,11 +231,27 @@ def test_card_names_a_base_of_the_hub_with_its_commit_and_variant(adapter):
     assert "safety_checker" not in loading(on_hub | {"base_kind": "StableDiffusionXLPipeline"}, "folder"), "SDXL has none"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "half", "bf16", torch.int8, None])
+@pytest.mark.parametrize("dtype", [torch.float32, "float16", torch.bfloat16])
+def test_an_adapter_knows_its_base_in_every_precision(tiny_sd, adapter, dtype):
+    assert str(ctrl.load(tiny_sd, adapter[0], dtype=dtype).unet.dtype).endswith(str(dtype).removeprefix("torch."))
+
+
+def test_an_adapter_that_was_trained_on_bfloat16_knows_its_base_in_float32(tiny_sd, adapter, tmp_path):
+    described = json.loads((adapter[0] / "adapter.json").read_text())
+    rounded = bases.load(tiny_sd, dtype="bfloat16")
+    fingerprints = {"base_fingerprint": rounded.fingerprint(), "base_fingerprint_bfloat16": rounded.fingerprint(torch.bfloat16)}
+    assert fingerprints["base_fingerprint"] != described["base_fingerprint"]
+    shutil.copytree(adapter[0], tmp_path / "a")
+    write_json(tmp_path / "a" / "adapter.json", described | fingerprints | {"dtype": "bfloat16"})
+    assert ctrl.load(tiny_sd, tmp_path / "a").unet.dtype == torch.float32
+    write_json(tmp_path / "a" / "adapter.json", described | fingerprints | {"dtype": "bfloat16", "base_fingerprint_bfloat16": "0" * 16})
+    with pytest.raises(UserError, match="made for the base"):
+        ctrl.load(tiny_sd, tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", ["half", "bf16", torch.int8, None])
 def test_a_dtype_is_torchs_or_a_name_or_one_line(tiny_sd, adapter, dtype):
-    assert ctrl.load(tiny_sd, adapter[0], dtype=torch.float32).unet.dtype == torch.float32
-    says = "made for the base" if dtype == torch.bfloat16 else "dtype is .*: give one of float32, bfloat16, float16"
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match="dtype is .*: give one of float32, bfloat16, float16"):
         ctrl.load(tiny_sd, adapter[0], dtype=dtype)
 
 

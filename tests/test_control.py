@@ -171,6 +171,7 @@ def test_fingerprint_knows_the_base_and_not_the_adapter_or_precision(tiny_sd, ba
     before = base.fingerprint()
     scramble(Control(base, 3, 4, ["to_q"]))
     assert base.fingerprint() == before == bases.load(tiny_sd, dtype="float16").fingerprint()
+    assert base.fingerprint(torch.bfloat16) == bases.load(tiny_sd, dtype="bfloat16").fingerprint(torch.bfloat16) != before
     with torch.no_grad():
         base.unet.conv_in.weight.view(-1)[0] += 1
     assert base.fingerprint() != before

@@ -84,11 +84,11 @@ def test_a_merged_adapter_is_refused_on_the_base_that_it_was_made_for(tiny_sd, a
     with pytest.raises(UserError, match="merged into its own copy of the base"):
         export.export(merged, tmp_path / "again", "me/coats")
     for dtype in (torch.float32, torch.bfloat16):
-        pipe = DiffusionPipeline.from_pretrained(tiny_sd, custom_pipeline=str(merged), trust_remote_code=True, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(tiny_sd, custom_pipeline=str(merged), trust_remote_code=True, dtype=dtype)
         with pytest.raises(ValueError, match="merged into the weights in this folder, and this pipeline has others") as caught:
             pipe.load_control(merged)
         assert pipe.control is None and "\n" not in str(caught.value)
-        DiffusionPipeline.from_pretrained(merged, trust_remote_code=True, torch_dtype=dtype).load_control(merged)
+        DiffusionPipeline.from_pretrained(merged, trust_remote_code=True, dtype=dtype).load_control(merged)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -161,6 +161,18 @@ def test_jobs_ask_for_the_gpus_that_the_config_gives_them(repository):
     assert all("slurm_account=a1" in text for name, text in asked.items() if name not in ("all", "check_base")), "what runs here needs none"
 
 
+def test_several_nodes_are_asked_for_with_the_gpus_of_each(repository):
+    def asked(finetune: str) -> str:
+        (repository / "config" / "nodes.yaml").write_text(f"cluster: {{finetune: {{nodes: 3, {finetune}}}}}")
+        done = snakemake(repository, "-n", "--cores", "2", "all", "--configfile", "config/nodes.yaml")
+        assert done.returncode == 0, done.stdout
+        return re.search(r"\nrule finetune:.*?resources: (.*?)\n", done.stdout, re.DOTALL)[1]
+
+    with_gpus, without = asked("gpus: 2"), asked("gpus: 0")
+    assert "nodes=3" in with_gpus and "gres=gpu:2" in with_gpus and "tasks=" not in with_gpus and not re.search(r"\bgpu=", with_gpus)
+    assert "nodes=3" in without and "tasks=3" in without and "gres=" not in without
+
+
 def test_pretraining_is_a_rule_of_its_own_and_leaves_the_shipped_weights_alone(repository):
     done = snakemake(repository, "-n", "--cores", "2", "pretrain", "train_garments")
     assert done.returncode == 0, done.stdout

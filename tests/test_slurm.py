@@ -4,6 +4,7 @@ Adapters of recipes that differ in nothing but their name have the same weights,
 which was not.
 """
 
+import copy
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from ctrl.io import load_metadata
+from ctrl.io import load_metadata, load_tensors
 from tests.repository import few_images, fresh_clone
 from tests.slurm_cluster import missing, running, wait_for
 from tests.warm_python import environment_of_jobs
@@ -55,7 +57,13 @@ class Clone:
         few_images(self.folder)
         self.home.mkdir()
         (self.folder / "config" / "small.yaml").write_text(SMALL)
-        self.results = self.folder / "results" / "smoke"
+        self.results, self.more = self.folder / "results" / "smoke", []
+
+    def on(self, cluster, *configs: str) -> "Clone":
+        """The same clone on another cluster, with `configs` laid over its own."""
+        other = copy.copy(self)
+        other.cluster, other.more = cluster, configs
+        return other
 
     def start(self, *arguments: str) -> subprocess.Popen:
         """`snakemake --profile slurm ARGUMENTS`, in the background; what it says goes to `said`."""
@@ -64,7 +72,7 @@ class Clone:
         if not FAILURES:  # where SLURM's signals and limits must meet the job's own process
             environment |= environment_of_jobs()
         command = [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments]
-        command += ["--configfile", "config/smoke.yaml", "config/small.yaml"]
+        command += ["--configfile", "config/smoke.yaml", "config/small.yaml", *self.more]
         with (self.folder / "said").open("w") as said:
             return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=said, stderr=said)
 
@@ -126,6 +134,24 @@ def test_a_log_for_each_job(clone):
     assert {"finetune_ctrl", "sample_rejection", "sample_rejection_reference", "evaluate_ctrl", "tabulate_results"} <= logs
     ids = {path.stem for path in (clone.folder / ".snakemake" / "slurm_logs").rglob("*.log")}
     assert {job["JobId"] for job in clone.jobs()} <= ids
+
+
+@pytest.mark.parametrize("gpus", [1, 0])
+def test_two_nodes_train_together(clone, tmp_path, gpus):
+    """A recipe of another name than `ctrl`, with its settings: the same adapter but for rounding, by a process on each node."""
+    name = ["requeued", "stranded"][gpus]
+    (clone.folder / "config" / "nodes.yaml").write_text(f"cluster: {{finetune: {{nodes: 2, gpus: {gpus}}}}}")
+    with running(tmp_path / "cluster", num_nodes=2) as cluster:
+        other = clone.on(cluster, "config/nodes.yaml")
+        assert other.run(f"results/smoke/adapters/{name}/adapter.json") == 0, clone.said()[-5000:]
+        (job,) = [job for job in other.jobs() if job["Comment"].startswith("rule_finetune_")]
+    assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2") and ("gres:gpu:1" in job.get("TresPerNode", "")) == bool(gpus)
+    log = (clone.results / "logs" / f"finetune_{name}.txt").read_text()
+    assert "2 processes" in log, log
+    alone, together = (load_tensors(clone.results / "adapters" / of / "pytorch_lora_weights.safetensors") for of in ("ctrl", name))
+    assert alone.keys() == together.keys()
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

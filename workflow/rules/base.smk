@@ -16,7 +16,7 @@ rule check_base:
     localrule: True
     params:
         config="results/{experiment}/config.json",
-        depends=sections("base", "dataset.image_size", "evaluation.features", "prompts.subjects", "prompts.held_out"),
+        depends=sections("base", "dataset.image_size", "label", "classifier", "evaluation", "prompts.subjects", "prompts.held_out"),
     shell:
         """
         python scripts/check_base.py \

@@ -10,10 +10,13 @@ def asked(section: str) -> dict[str, int | str]:
     asks = (cluster := config["cluster"])[section]
     places = {"slurm_account": cluster["account"], "slurm_partition": asks["partition"]}
     amounts = {"gpu": asks["gpus"], "mem_mb": asks["mem_mb"], "runtime": asks["minutes"], "one_at_a_time": 1} if "gpus" in asks else {}
+    if asks.get("nodes", 1) > 1:  # SLURM counts gres on each node, and tasks and what `gpu` becomes on all of them
+        each = {"gres": f"gpu:{asks['gpus']}"} if asks["gpus"] else {"tasks": asks["nodes"]}
+        amounts |= {"gpu": 0, "nodes": asks["nodes"], **each}
     return {name: value for name, value in (amounts | places).items() if value}
 
 
-NUM_PROCESSES = config["cluster"]["finetune"]["gpus"]
+NUM_NODES, NUM_PROCESSES = (config["cluster"]["finetune"][key] for key in ("nodes", "gpus"))
 CPU, GPU, FINETUNE = asked("cpu"), asked("gpu"), asked("finetune")
 # In a job of a cluster Snakemake sees the whole node, of which a part was asked for.
 HERE = None if workflow.remote_exec else workflow._cores
@@ -26,6 +29,8 @@ LAUNCH = (
     if NUM_PROCESSES > 1
     else "python"
 )
+if NUM_NODES > 1 and workflow.remote_exec:  # several nodes are a job of SLURM's, and nothing on one machine
+    LAUNCH = f"sh slurm/launch.sh {NUM_PROCESSES}"
 
 
 def cores(num_images: int) -> int:

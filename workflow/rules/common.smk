@@ -92,7 +92,7 @@ TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists
 
 def files_of(folder: str) -> list[str]:
     """The files of a local model, without the figures of its model card; nothing for a name on a hub."""
-    files = [Path(folder)] if Path(folder).is_file() else Path(folder).rglob("*")
+    files = [path] if (path := Path(folder).expanduser()).is_file() else path.rglob("*")
     return sorted(str(p) for p in files if p.suffix in (".safetensors", ".json", ".txt") and p.name != "quality.json")
 
 
