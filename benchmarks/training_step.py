@@ -52,22 +52,22 @@ def stable_diffusion(image_size: int, device: str, dtype: str) -> bases.Base:
 
     embedded = bases.load("resources/mini-sd").pipe
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-    with torch.device(device):  # random weights are drawn where they stay
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):  # random weights are drawn where they stay, and as what they stay: else the peak would be of the making
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
             up_block_types=("UpDecoderBlock2D",) * 4, sample_size=image_size,
         )  # fmt: skip
         unet = UNet2DConditionModel(sample_size=image_size // 8, cross_attention_dim=768)
         networks = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text)}
+    torch.set_default_dtype(torch.float32)
     for network in networks.values():
         network.requires_grad_(False).eval()
     pipe = StableDiffusionPipeline(
         **networks, tokenizer=embedded.tokenizer, scheduler=embedded.scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    return bases.Base(
-        pipe.to(device, getattr(torch, dtype)), Source("Stable Diffusion 1.5, random weights", Path(), "StableDiffusionPipeline")
-    )
+    return bases.Base(pipe.to(device), Source("Stable Diffusion 1.5, random weights", Path(), "StableDiffusionPipeline"))
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
