@@ -79,18 +79,33 @@ def clip_mb() -> tuple[float, float]:
     return weights_mb(clip), kept_mb(clip, lambda: clip.encode_image(image))
 
 
+def fixed_mb(name: str, trained: int, *networks: torch.nn.Module) -> float:
+    """MB of the weights of `networks` and of the model's text encoders, and of what is trained."""
+    return weights_mb(*networks) + TEXT_MILLIONS[name] * 1e6 * networks[0].dtype.itemsize / 2**20 + trained_mb(trained)
+
+
+def latents_mb(size: int) -> float:
+    """MB that a trajectory keeps besides its passes."""
+    return NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
+
+
 def computed(name: str, config: dict) -> dict:
     """What each part takes, in MB, and the largest micro-batch of each card."""
     size, (clip, image) = config["sample_size"], clip_mb()
     (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.bfloat16), decoding(size, "meta", torch.bfloat16)
-    fixed = weights_mb(unet, vae) + TEXT_MILLIONS[name] * 1e6 * 2 / 2**20 + trained_mb(trained)
+    fixed = fixed_mb(name, trained, unet, vae)
     unet_mb = {"whole passes": kept_mb(unet, run), "blocks": kept_by_blocks_mb(unet, run)}
     decode_mb = {"whole passes": kept_mb(vae, decode), "blocks": kept_by_blocks_mb(vae, decode)}
-    latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
-    row = {"model": name, "weights_and_optimizer_mb": fixed, "unet_pass_mb": unet_mb, "decode_mb": decode_mb, "latents_mb": latents_mb}
+    row = {
+        "model": name,
+        "weights_and_optimizer_mb": fixed,
+        "unet_pass_mb": unet_mb,
+        "decode_mb": decode_mb,
+        "latents_mb": latents_mb(size),
+    }
     row |= {"clip_mb": clip, "clip_image_mb": image}
     for how, kept in unet_mb.items():
-        needed = {b: training_mb(fixed + 2 * clip, kept, decode_mb[how] + image, latents_mb, b, 2) for b in BATCHES}
+        needed = {b: training_mb(fixed + 2 * clip, kept, decode_mb[how] + image, row["latents_mb"], b, 2) for b in BATCHES}
         row[how] = fitting(needed, "micro_batch_size")
     frozen, whole, decoded = fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"]
     needed = {b: guidance_mb(frozen + clip, whole, decoded + image, b, 2) for b in BATCHES}
@@ -113,16 +128,14 @@ def beside_published(batch_size: int) -> dict:
     """
     name, found = "Stable Diffusion 1.5", {}
     config, size = MODELS[name], MODELS[name]["sample_size"]
-    latents_mb = NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
     for dtype in (torch.float32, torch.bfloat16):
         (unet, trained, run), (vae, decode) = unet_pass(config, "meta", dtype), decoding(size, "meta", dtype)
-        fixed = weights_mb(unet, vae) + TEXT_MILLIONS[name] * 1e6 * dtype.itemsize / 2**20 + trained_mb(trained)
-        kept = kept_by_blocks_mb(unet, run), kept_by_blocks_mb(vae, decode)
-        found[f"ours, {str(dtype).removeprefix('torch.')} weights"] = training_mb(fixed, *kept, latents_mb, batch_size, 2)
+        fixed, kept = fixed_mb(name, trained, unet, vae), (kept_by_blocks_mb(unet, run), kept_by_blocks_mb(vae, decode))
+        found[f"ours, {str(dtype).removeprefix('torch.')} weights"] = training_mb(fixed, *kept, latents_mb(size), batch_size, 2)
     (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.float32, 1, PUBLISHED_LORA), decoding(size, "meta", torch.float32)
-    fixed = weights_mb(unet, unet, vae) + TEXT_MILLIONS[name] * 1e6 * 4 / 2**20 + trained_mb(trained)
+    fixed = fixed_mb(name, trained, unet, unet, vae)
     unet.set_attn_processor(AttnProcessor())
-    published = training_mb(fixed, kept_mb(unet, run), batch_size * kept_mb(vae, decode), latents_mb, batch_size, 1)
+    published = training_mb(fixed, kept_mb(unet, run), batch_size * kept_mb(vae, decode), latents_mb(size), batch_size, 1)
     ratios = {f"{what}, ratio": mb / published for what, mb in found.items()}
     return {"model": name, "batch_size": batch_size, "memory_mb": found | {PUBLISHED: published}, "ratios": ratios}
 

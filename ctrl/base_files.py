@@ -4,7 +4,6 @@ Nothing in it is ever run: weights are safetensors, and its classes are diffuser
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
-from ctrl.errors import UserError, is_out_of_memory
+from ctrl.errors import UserError, first_line, is_out_of_memory
 from ctrl.folders import check_links
+from ctrl.hub import is_name, unreachable
 from ctrl.io import num_values, read_json, shapes
 
 KINDS = {  # by `_class_name` in model_index.json: the pipeline, and what it is loaded without
@@ -29,6 +29,10 @@ KINDS = {  # by `_class_name` in model_index.json: the pipeline, and what it is 
 AGAIN = "it takes whole .safetensors files: if a download was interrupted, repeat it"
 CONFIGURATION = ["*.json", "*.txt", "**/*.json", "**/*.txt", "**/*.model"]  # of a base on the hub, without its weights
 NOT_FETCHED = {"safety_checker": None}  # what plain diffusers is told to do without, too, where an adapter is checked in it
+FETCHED = (
+    "fetch it by `python -m scripts.check_base --config FILE` on a machine with a network, and copy its cache here "
+    "(HF_HOME names the place)"
+)
 INDEX = "model_index.json"
 UNET_LAYER = "model.diffusion_model.input_blocks.0.0.weight"  # every Stable Diffusion in one file has it, whatever its size
 SD2 = "stabilityai/stable-diffusion-2-1"  # what diffusers takes a file of SD 2.x for; it is no longer on the hub
@@ -128,7 +132,7 @@ def fetch(name: str, revision: str | None, variant: str | None, key: str = "base
 
     What cannot be a base is refused before its weights are fetched, which may be tens of GB.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.startswith("resources/"):
+    if not is_name(name) or name.startswith("resources/"):
         raise UserError(f"{key}: there is no folder {name}; give a diffusers folder or a name on the hub such as owner/model")
 
     def folder(**where: bool) -> Path:
@@ -149,37 +153,7 @@ def fetch(name: str, revision: str | None, variant: str | None, key: str = "base
         except UserError:
             raise
         except Exception:
-            raise UserError(f"{key}: {name}{f' at {revision}' if revision else ''} {unreachable(error)}") from error
-
-
-def unreachable(error: BaseException) -> str:
-    """Why the hub gave no model, and what to do."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    where = f"is not in the cache {constants.HF_HUB_CACHE}"
-    fetched = (
-        "fetch it by `python -m scripts.check_base --config FILE` on a machine with a network, and copy its cache here "
-        "(HF_HOME names the place)"
-    )
-    for one in chain:
-        if isinstance(one, errors.GatedRepoError):
-            return "is given out under a licence: accept it on the model's page, and set HF_TOKEN"
-        if isinstance(one, errors.RevisionNotFoundError):
-            return "is no revision of that model: take a commit from its page"
-        if isinstance(one, errors.RepositoryNotFoundError):
-            return "is no model on the hub, or a private one: correct the name, or set HF_TOKEN"
-        if isinstance(one, errors.RemoteEntryNotFoundError):
-            return f"has no {INDEX} on the hub: give a model in diffusers' layout, or its one .safetensors file"
-    if constants.is_offline_mode():
-        return f"{where}, and HF_HUB_OFFLINE forbids to ask the hub: unset it; or {fetched}"
-    if any(isinstance(one, ConnectionError | errors.LocalEntryNotFoundError) or "Connect" in type(one).__name__ for one in chain):
-        return f"{where}, and the hub cannot be reached: check the network (HTTPS_PROXY, HF_ENDPOINT); or {fetched}"
-    return f"cannot be fetched: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{key}: {name}{f' at {revision}' if revision else ''} {unreachable(error, FETCHED)}") from error
 
 
 def check_folder(folder: Path, key: str = "base.path") -> str:

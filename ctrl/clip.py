@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrl.errors import UserError, is_out_of_memory
+from ctrl.errors import UserError, first_line, is_out_of_memory
 
 
 def fetch(model: str, pretrained: str | None) -> str | None:
@@ -26,7 +26,7 @@ def fetch(model: str, pretrained: str | None) -> str | None:
         file = open_clip.download_pretrained(tag) if tag else pretrained
     except Exception as error:  # the hub, the network and open_clip each raise their own
         raise UserError(
-            f"{what} cannot be fetched ({(str(error).splitlines() or [type(error).__name__])[0]}): run `python -m scripts.check_base "
+            f"{what} cannot be fetched ({first_line(error)}): run `python -m scripts.check_base "
             f"--config FILE` on a machine with a network, and copy its cache here (HF_HOME names the place), or {instead}"
         ) from error
     if file and Path(file).suffix != ".safetensors" and (Path(file).suffix or Path(file).exists()):

@@ -37,6 +37,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def main(func: Callable[[], object], lower: str = "") -> None:
     """Runs a script's `func`; a UserError becomes `error: ...` on stderr and exit code 2, and Stopped a line and 143, as SIGTERM's own.
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ctrl import clip
-from ctrl.errors import UserError
+from ctrl.errors import UserError, first_line
 from ctrl.io import load_tensors, read_json, save_tensors, write_json
 
 CLIP_DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")  # open_clip's name and pretrained weights
@@ -121,9 +121,8 @@ def tokenizer(name: str):
     try:
         return open_clip.get_tokenizer(name)
     except Exception as error:  # the hub, the network and two libraries each raise their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the tokenizer of CLIP {name} cannot be had ({reason}): take a model such as ViT-B-32, whose own is here"
+            f"the tokenizer of CLIP {name} cannot be had ({first_line(error)}): take a model such as ViT-B-32, whose own is here"
         ) from error
 
 

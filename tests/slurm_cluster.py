@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun"]
@@ -126,10 +126,8 @@ class Cluster:
 
     def kill_jobs(self) -> None:
         for process in [*self.job_processes(command="slurmstepd"), *self.job_processes()]:  # nobody is left to say how a job ended
-            try:
+            with suppress(ProcessLookupError):  # it is gone
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def kill(self, name: str, number: int = signal.SIGTERM) -> None:
         process = self.processes.pop(name)

@@ -11,8 +11,9 @@ from huggingface_hub import constants, errors, hf_api
 
 from ctrl import base as bases
 from ctrl import io
-from ctrl.base_files import find, unreachable
+from ctrl.base_files import find
 from ctrl.errors import UserError
+from ctrl.hub import unreachable
 from scripts import check_base
 from tests import kinds
 from tests.hub import COMMIT, serving
@@ -143,7 +144,7 @@ def test_what_the_hub_refuses_is_told_apart():
     for kind, says in (("GatedRepoError", "licence"), ("RepositoryNotFoundError", "HF_TOKEN"), ("RevisionNotFoundError", "commit")):
         outer = OSError("something else")
         outer.__cause__ = getattr(errors, kind).__new__(getattr(errors, kind))
-        assert says in unreachable(outer)
+        assert says in unreachable(outer, "fetch it")
 
 
 def test_half_a_download_is_told(tiny_sd, cache):

@@ -54,7 +54,7 @@ def test_what_is_not_there_is_one_line(tiny_sd, cache, monkeypatch, tmp_path):
         ctrl.load(tiny_sd, tmp_path, adapter_revision="main")
     with pytest.raises(UserError, match="adapter.json is missing"):
         ctrl.load(tiny_sd, tmp_path / "nowhere" / "else")
-    answers = {errors.RepositoryNotFoundError: "is not there, or private", errors.RevisionNotFoundError: "at v2 is no revision"}
+    answers = {errors.RepositoryNotFoundError: "is not on the hub, or private", errors.RevisionNotFoundError: "at v2 is no revision"}
     for kind, says in answers.items():
 
         def refuse(name, kind=kind, **asked):

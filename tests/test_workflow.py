@@ -13,7 +13,7 @@ INFRASTRUCTURE = {
     "scripts/common.py",
     *(
         f"ctrl/{name}.py"
-        for name in ("config", "contradictions", "device", "errors", "folders", "io", "names", "schema", "__init__", *LOGGING)
+        for name in ("config", "contradictions", "device", "errors", "folders", "hub", "io", "names", "schema", "__init__", *LOGGING)
     ),
 }
 SAMPLERS = {f"ctrl/guidance/{name}.py" for name in ("classifier", "mpgd", "particles", "reconstruction")}
