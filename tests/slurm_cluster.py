@@ -1,9 +1,12 @@
 """A SLURM cluster of one node, or of several on this machine, in a folder of its own and on ports of its own: nothing outside the folder is
 written, none is met.
 
+Folder and nodes have short names whatever the machine and the test are called: slurmd has a socket for each step at
+FOLDER/spool-NODE/NODE_JOB.STEP, and an address of 108 bytes is one too many: SLURM then holds the job for ever (launch_failed_requeued_held).
+
 Real daemons (Debian's packages slurm-wlm and munge), without accounting database, with GPUs that are files alone. By hand:
 
-    python -m tests.slurm_cluster FOLDER     # until Ctrl-C; prints the variables that make sbatch, squeue and scontrol find it
+    python -m tests.slurm_cluster     # until Ctrl-C; prints the variables that make sbatch, squeue and scontrol find it
 """
 
 import os
@@ -12,7 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,14 +78,14 @@ class Cluster:
     """A running cluster; `environment` makes SLURM's programs, and so Snakemake, find it."""
 
     def __init__(self, folder: Path, num_nodes: int = 1):
-        self.folder, self.host, self.processes = folder, socket.gethostname().split(".")[0], {}
-        self.nodes = [f"{self.host}-{k}" for k in range(num_nodes)] if num_nodes > 1 else [self.host]
+        self.folder, self.processes, host = folder, {}, socket.gethostname().split(".")[0]
+        self.nodes = [f"node{k}" for k in range(num_nodes)]
         for name in ("state", "bin", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        amounts = {"host": self.host, "cpus": CPUS, "memory": MEMORY_MB, "gpus": GPUS}
+        amounts = {"host": host, "cpus": CPUS, "memory": MEMORY_MB, "gpus": GPUS}
         nodes = [NODE.format(name=node, port=free_port(), **amounts) for node in self.nodes]
-        (folder / "slurm.conf").write_text(CONF.format(host=self.host, port=free_port(), folder=folder, user=user) + "".join(nodes))
+        (folder / "slurm.conf").write_text(CONF.format(host=host, port=free_port(), folder=folder, user=user) + "".join(nodes))
         for k in range(GPUS):
             (folder / f"gpu{k}").touch()  # SLURM only counts and hands out the files
         gpus = [f"NodeName={node} Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n" for node in self.nodes]
@@ -115,13 +118,12 @@ class Cluster:
             self.start_node(node)
         wait_for(lambda: self("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.nodes), "the nodes")
 
-    def start_node(self, node: str = "") -> None:
-        node = node or self.host
-        self.start("slurmd", "-D", "-N", node, name="slurmd" if len(self.nodes) == 1 else f"slurmd-{node}")
+    def start_node(self, node: str) -> None:
+        self.start("slurmd", "-D", "-N", node, name=f"slurmd-{node}")
 
-    def stop_node(self) -> None:
-        """The only node goes down: its daemon and every process of its jobs are gone at once."""
-        self.kill("slurmd", signal.SIGKILL)
+    def stop_node(self, node: str) -> None:
+        """It goes down, and was the only one: its daemon and every process of the jobs are gone at once."""
+        self.kill(f"slurmd-{node}", signal.SIGKILL)
         self.kill_jobs()
 
     def kill_jobs(self) -> None:
@@ -176,18 +178,19 @@ def wait_for(condition, what: str, seconds: float = 60, every: float = 0.1):
 
 
 @contextmanager
-def running(folder: Path, num_nodes: int = 1) -> Iterator[Cluster]:
-    """A cluster in the new `folder`, from start to stop."""
-    cluster = Cluster(folder, num_nodes)
-    try:
-        cluster.start_all()
-        yield cluster
-    finally:
-        cluster.stop()
+def running(num_nodes: int = 1) -> Iterator[Cluster]:
+    """A cluster, from start to stop; its folder is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(Path(folder), num_nodes)
+        try:
+            cluster.start_all()
+            yield cluster
+        finally:
+            cluster.stop()
 
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    with running(Path(sys.argv[1]).resolve()) as cluster:
+    with running() as cluster:
         print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']} PATH={cluster.folder / 'bin'}:$PATH", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})

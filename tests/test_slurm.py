@@ -44,9 +44,15 @@ ON_CPU = {"dataset", "estimate_cells", "evaluation", "tabulate", "plot_figures"}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+def cluster():
+    with running() as cluster:
         yield cluster
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C, by which Snakemake cancels its jobs and unlocks its folder."""
+    process.send_signal(signal.SIGINT)
+    process.wait(120)
 
 
 class Clone:
@@ -87,12 +93,15 @@ class Clone:
             if process.poll() is not None:
                 return process.returncode
             if "Falling back to 'sacct'" in self.said():
-                process.send_signal(signal.SIGINT)
-                process.wait(120)
+                interrupt(process)
                 process = self.start(*arguments)
+            if held := [job for job in self.jobs() if "held" in job["Reason"]]:
+                interrupt(process)
+                pytest.fail(f"SLURM will never start this job: {held}")
             time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        pytest.fail(f"still running after {timeout} s: {self.said()[-3000:]}")
+        jobs = self.jobs()
+        interrupt(process)
+        pytest.fail(f"still running after {timeout} s: {self.said()[-3000:]}\n{jobs}")
 
     def jobs(self) -> list[dict[str, str]]:
         """What SLURM says of each job; `Comment` is what Snakemake noted on it, such as rule_finetune_wildcards_smoke_ctrl."""
@@ -137,11 +146,11 @@ def test_a_log_for_each_job(clone):
 
 
 @pytest.mark.parametrize("gpus", [1, 0])
-def test_two_nodes_train_together(clone, tmp_path, gpus):
+def test_two_nodes_train_together(clone, gpus):
     """A recipe of another name than `ctrl`, with its settings: the same adapter but for rounding, by a process on each node."""
     name = ["requeued", "stranded"][gpus]
     (clone.folder / "config" / "nodes.yaml").write_text(f"cluster: {{finetune: {{nodes: 2, gpus: {gpus}}}}}")
-    with running(tmp_path / "cluster", num_nodes=2) as cluster:
+    with running(num_nodes=2) as cluster:
         other = clone.on(cluster, "config/nodes.yaml")
         assert other.run(f"results/smoke/adapters/{name}/adapter.json") == 0, clone.said()[-5000:]
         (job,) = [job for job in other.jobs() if job["Comment"].startswith("rule_finetune_")]
@@ -160,7 +169,7 @@ def lost(clone):
     if not FAILURES:
         pytest.skip("takes many minutes, and a machine with nothing else to do: SLURM_FAILURES=1 asks for it")
     cluster = clone.cluster
-    cluster("scontrol", "update", f"NodeName={cluster.host}", "State=DRAIN", "Reason=wait")
+    cluster("scontrol", "update", f"NodeName={cluster.nodes[0]}", "State=DRAIN", "Reason=wait")
     process = clone.start(*TARGETS, "--keep-going")
 
     def ids() -> dict[str, str]:
@@ -168,7 +177,7 @@ def lost(clone):
 
     job = wait_for(lambda: len(found := ids()) == len(LOST) and found, "five jobs in the queue", 200, 0.5)
     cluster("scontrol", "update", f"JobId={job['greedy']}", "MinMemoryNode=300")
-    cluster("scontrol", "update", f"NodeName={cluster.host}", "State=RESUME")
+    cluster("scontrol", "update", f"NodeName={cluster.nodes[0]}", "State=RESUME")
 
     def file(name: str) -> Path:
         return clone.results / "adapters" / name / "checkpoints" / "checkpoint.safetensors"
@@ -198,9 +207,9 @@ def lost(clone):
     send("late", signal.SIGCONT)  # SIGTERM waits for it; SIGKILL comes a minute after
     again("requeued")
     wait_for(lambda: show("requeued", "JobState") == "COMPLETED", "the job that was requeued", 400)
-    cluster.stop_node()
+    cluster.stop_node(cluster.nodes[0])
     wait_for(lambda: "down" in cluster("sinfo", "-h", "-o", "%T"), "the node to be down", 120)
-    cluster.start_node()
+    cluster.start_node(cluster.nodes[0])
     time.sleep(5)  # a job that starts in the second in which its node comes back makes slurmctld 22.05 crash (build_job_info_resp)
     again("stranded")
     code = process.wait(600)
