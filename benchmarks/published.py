@@ -25,7 +25,7 @@ def published_gradient(task: Task, pretrained: Base, log_prob: LogProb, config: 
     """`gradient(update)` like that of `recipe.gradient_function`; `pretrained` is the second copy."""
     control, process, size = task.control, task.process, config["batch_size"]
     base, batch_of, micro = control.base, batch_function(task, config), config["micro_batch_size"]
-    base.unet.set_attn_processor(AttnProcessor())
+    base.network.set_attn_processor(AttnProcessor())
     torch.backends.cuda.matmul.allow_tf32 = True
 
     def trajectories(prompts: list[str], labels: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def measure(base: bases.Base, control: controls.Control, prompts: list[str], gui
         x = process.step(i, x, eps, noise[i + 1])
     for name, bits in MANTISSA.items():
         row = {"precision": name, **common}
-        with computed_with(base.unet, bits, name == "bfloat16"):
+        with computed_with(base.network, bits, name == "bfloat16"):
             for i, x_t, shift in path:
                 eps, eps_pre = psi(x_t, i), pre(x_t, i)
                 row["kl_nats"] += process.kl(i, eps, eps_pre).mean().item()

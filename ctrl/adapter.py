@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ctrl import judged, pipeline
+from ctrl import flow, judged, pipeline
+from ctrl.base_files import FLOW
 from ctrl.control import Control
 from ctrl.device import full_precision
 from ctrl.errors import UserError
@@ -64,6 +65,11 @@ from pipeline import with_labels
 
 pipe = with_labels({kind}.from_single_file({base}{how}))"""
 
+TAGS = {  # by which the hub knows an adapter for a base of a kind
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
+    "StableDiffusion3Pipeline": "sd3",
+}
 UNCHECKED = ", safety_checker=None, feature_extractor=None"  # as in training: these are not fetched with a base
 
 # What a user would write, in a process that has never heard of this package.
@@ -102,7 +108,7 @@ def head(described: dict) -> str:
     """The card's metadata. The hub refuses a `base_model` that is no name of its own; and nobody has said what licence the adapter has."""
     on_hub = "revision" in described.get("base_files", {}) and not is_single_file(described)
     base = f"base_model: {literal(described['base'])}\n" if on_hub else ""
-    tag = "stable-diffusion-xl" if "XL" in described["base_kind"] else "stable-diffusion"
+    tag = TAGS[described["base_kind"]]
     return f"---\n{base}library_name: diffusers\ntags: [{tag}, {tag}-diffusers, text-to-image, diffusers, lora, ctrl]\n---"
 
 
@@ -157,9 +163,10 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
 
 
 def pipeline_code(kind: str) -> str:
-    """What plain diffusers runs: ctrl/pipeline.py, and the one class for a base of this kind."""
-    code = Path(pipeline.__file__).read_text()
-    return f"{code}\n\nfrom diffusers import {kind}  # noqa: E402 (the kind of the adapter's base)\n\nLabel{kind} = labelled({kind})\n"
+    """What plain diffusers runs: ctrl/pipeline.py, ctrl/flow.py where it takes that, and the one class for a base of this kind."""
+    modules, laid_over = ([pipeline, flow], f"{kind}, FlowMatching") if kind in FLOW else ([pipeline], kind)
+    code = "\n\n".join(Path(module.__file__).read_text() for module in modules)
+    return f"{code}\n\nfrom diffusers import {kind}  # noqa: E402 (the kind of the adapter's base)\n\nLabel{kind} = labelled({laid_over})\n"
 
 
 def check_in_plain_diffusers(

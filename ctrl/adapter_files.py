@@ -20,7 +20,7 @@ NAMES = {"type": "array", "items": NAME, "maxItems": 100_000}
 SAMPLER = {
     "num_steps": {"type": "integer", "minimum": 1, "maximum": 10_000},
     "spacing": {"enum": ["scheduler", "quadratic"]},
-    "timesteps": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 100_000}, "minItems": 1, "maxItems": 10_000},
+    "timesteps": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 100_000}, "minItems": 1, "maxItems": 10_000},
     "eta": {"type": "number", "minimum": 0, "maximum": 1},
     "guidance_scale": NUMBER,
 }
@@ -40,7 +40,7 @@ SCHEMA = {  # of adapter.json; what else it says is for people
         "base_files": {"type": "object", "propertyNames": {"enum": ["revision", "variant", "config"]}, "additionalProperties": NAME},
         "rank": {"type": "integer", "minimum": 1, "maximum": 10_000},
         "target_modules": {**NAMES, "minItems": 1},
-        "min_timestep": {"type": "integer", "minimum": 0},
+        "min_timestep": {"type": "number", "minimum": 0},
         "num_classes": {"anyOf": [{"type": "integer", "minimum": 2}, {"type": "array", "items": {"type": "integer"}, "maxItems": 16}]},
         "label_names": NAMES,
         "factors": {"type": "object", "additionalProperties": {**NAMES, "minItems": 2}, "minProperties": 2, "maxProperties": 16},
@@ -67,14 +67,14 @@ def embedding_shapes(space: Factors | Continuous, width: int) -> dict[str, tuple
     return {"weight": (sum(factor.num_classes for factor in space.factors) + 1, width)}
 
 
-def lora_shapes(unet: nn.Module, rank: int, targets: list[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a LoRA on the layers of `unet` that `targets` name, as PEFT chooses them: by the end of their name."""
+def lora_shapes(base: Base, rank: int, targets: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a LoRA on the network's layers that `targets` name, as PEFT chooses them: by the end of their name."""
     shapes = {}
-    for name, module in unet.named_modules():
+    for name, module in base.network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and any(name == t or name.endswith(f".{t}") for t in targets):
             out, inner, *kernel = module.weight.shape
-            shapes[f"unet.{name}.lora_A.weight"] = (rank, inner, *kernel)
-            shapes[f"unet.{name}.lora_B.weight"] = (out, rank, *(1 for _ in kernel))
+            shapes[f"{base.part}.{name}.lora_A.weight"] = (rank, inner, *kernel)
+            shapes[f"{base.part}.{name}.lora_B.weight"] = (out, rank, *(1 for _ in kernel))
     return shapes
 
 
@@ -90,12 +90,12 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], shapes: dict[str, tupl
             raise UserError(f"{path}: {name} does not hold finite numbers; {again}")
 
 
-def check_lora_metadata(path: Path, rank: int, targets: list[str]) -> None:
+def check_lora_metadata(path: Path, part: str, rank: int, targets: list[str]) -> None:
     """Raises UserError where the header of a LoRA file asks PEFT for another LoRA than adapter.json describes."""
     try:
         said = json.loads(load_metadata(path).get("lora_adapter_metadata", "{}"))
-        found = {key: said.get(f"unet.{key}") for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
-        usual = [said.get(f"unet.{key}") for key in ("use_dora", "use_rslora", "layer_replication", "modules_to_save", "auto_mapping")]
+        found = {key: said.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+        usual = [said.get(f"{part}.{key}") for key in ("use_dora", "use_rslora", "layer_replication", "modules_to_save", "auto_mapping")]
         same = not said or (found["r"], found["lora_alpha"], sorted(found["target_modules"])) == (rank, rank, sorted(targets))
         plain = not (found["rank_pattern"] or found["alpha_pattern"] or any(usual))
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -138,9 +138,8 @@ def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], di
         )
     space, rank, targets = space_of_adapter(described), described["rank"], described["target_modules"]
     lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
-    check_tensors(folder / LORA_FILE, lora, lora_shapes(base.unet, rank, targets), str(path))
-    check_lora_metadata(folder / LORA_FILE, rank, targets)
-    width = base.unet.time_embedding.linear_2.out_features
-    check_tensors(folder / EMBEDDING_FILE, embedding, embedding_shapes(space, width), str(path))
+    check_tensors(folder / LORA_FILE, lora, lora_shapes(base, rank, targets), str(path))
+    check_lora_metadata(folder / LORA_FILE, base.part, rank, targets)
+    check_tensors(folder / EMBEDDING_FILE, embedding, embedding_shapes(space, base.time_width), str(path))
     check_distinct(space, embedding, str(folder))
     return described, lora, embedding

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
@@ -25,7 +25,9 @@ KINDS = {  # by `_class_name` in model_index.json: the pipeline, and what it is 
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     ),
     "StableDiffusionXLPipeline": (StableDiffusionXLPipeline, {"add_watermarker": False}),
+    "StableDiffusion3Pipeline": (StableDiffusion3Pipeline, {}),
 }
+FLOW = ("StableDiffusion3Pipeline",)  # of these, transformers of flow matching
 AGAIN = "it takes whole .safetensors files: if a download was interrupted, repeat it"
 CONFIGURATION = ["*.json", "*.txt", "**/*.json", "**/*.txt", "**/*.model"]  # of a base on the hub, without its weights
 NOT_FETCHED = {"safety_checker": None}  # what plain diffusers is told to do without, too, where an adapter is checked in it
@@ -61,11 +63,16 @@ class Source:
 
     def described(self) -> dict:
         """What is known of it before its weights are read."""
-        unet, vae = (read_json(self.folder / part / "config.json") for part in ("unet", "vae"))
-        size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        network, vae = (read_json(self.folder / part / "config.json") for part in (part_of(self.kind), "vae"))
+        size = network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
         scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
-        prediction = scheduler.get("prediction_type", "epsilon")
+        prediction = "velocity" if self.kind in FLOW else scheduler.get("prediction_type", "epsilon")
         return {"base": self.name, **self.how, "kind": self.kind, "prediction_type": prediction, "image_size": size}
+
+
+def part_of(kind: str) -> str:
+    """What diffusers calls the network that predicts, in the pipeline and in its folder."""
+    return "transformer" if kind in FLOW else "unet"
 
 
 def find(path: str | Path, revision: str | None = None, variant: str | None = None, config: str | Path | None = None) -> Source:
@@ -169,10 +176,12 @@ def check_configuration(folder: Path, key: str, name: str | Path) -> str:
     try:
         kind = check_kind(folder / INDEX, key, name)
         for words in filter(Path.is_dir, folder.glob("tokenizer*")):  # without them transformers makes up a tokenizer that knows no word
-            if not (words / "tokenizer.json").is_file() and not ((words / "vocab.json").is_file() and (words / "merges.txt").is_file()):
+            files = [("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",)]
+            if not any(all((words / name).is_file() for name in names) for names in files):
                 raise UserError(f"{key}: {words} lacks its vocabulary, vocab.json and merges.txt: fetch the model again")
-        unet, vae = (read_mapping(folder / part / "config.json") for part in ("unet", "vae"))
-        wrong = unfit(unet, vae, read_mapping(folder / "scheduler" / "scheduler_config.json"))
+        network, vae = (read_mapping(folder / part / "config.json") for part in (part_of(kind), "vae"))
+        scheduler = read_mapping(folder / "scheduler" / "scheduler_config.json")
+        wrong = (unfit_flow(scheduler) if kind in FLOW else unfit(network, scheduler)) or unfit_sizes(network, vae)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}; {AGAIN}") from error
     if wrong:
@@ -202,8 +211,8 @@ def read_mapping(path: Path) -> dict:
     return content
 
 
-def unfit(unet: Mapping, vae: Mapping, scheduler: Mapping) -> str | None:
-    """What in a model's configuration makes it no base, or None."""
+def unfit(unet: Mapping, scheduler: Mapping) -> str | None:
+    """What in the configuration of a model with a UNet makes it no base, or None."""
     if (prediction := scheduler.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
         return f"it predicts {prediction!r} (prediction_type), and what is known are epsilon and v_prediction"
     if scheduler.get("rescale_betas_zero_snr"):
@@ -214,10 +223,26 @@ def unfit(unet: Mapping, vae: Mapping, scheduler: Mapping) -> str | None:
         return "its UNet has a class embedding already, and CTRL needs that slot for the label"
     if unet.get("time_cond_proj_dim"):
         return "it was distilled to take the guidance scale as an input (time_cond_proj_dim)"
-    if unet.get("in_channels") != vae.get("latent_channels"):
-        return f"its UNet takes {unet.get('in_channels')} channels and its VAE gives {vae.get('latent_channels')}: it is one for inpainting"
-    if not isinstance(unet.get("sample_size"), int):
-        return "its UNet does not say for which size of images it was trained (sample_size)"
+    return None
+
+
+def unfit_flow(scheduler: Mapping) -> str | None:
+    """The same of a transformer of flow matching."""
+    if (name := scheduler.get("_class_name")) != "FlowMatchEulerDiscreteScheduler":
+        return f"its scheduler is {name}, and the noise levels of a flow that are known are those of FlowMatchEulerDiscreteScheduler"
+    for key in ("use_dynamic_shifting", "invert_sigmas"):
+        if scheduler.get(key):
+            return f"its scheduler's {key} is not known here"
+    return None
+
+
+def unfit_sizes(network: Mapping, vae: Mapping) -> str | None:
+    """What in the sizes of the network that predicts, and of the VAE, makes them no base, or None."""
+    if network.get("in_channels") != vae.get("latent_channels"):
+        what = f"takes {network.get('in_channels')} channels and its VAE gives {vae.get('latent_channels')}"
+        return f"its network {what}: it is one for inpainting"
+    if not isinstance(network.get("sample_size"), int):
+        return "its network does not say for which size of images it was trained (sample_size)"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The augmented model: LoRA and a label embedding on a pretrained UNet, which at the start *is* the pretrained model, bit for bit.
+"""The augmented model: LoRA and a label embedding on a pretrained network, which at the start *is* the pretrained model, bit for bit.
 
 Both live in the pretrained network itself, and `lora_on` switches them off: there is no second copy of the base.
 """
@@ -28,7 +28,7 @@ from ctrl.process import Denoiser, Pair, Process, Unguided
 
 
 class Control:
-    """LoRA layers and a zero-initialised label embedding, installed in `base.unet`'s class-embedding slot.
+    """LoRA layers and a zero-initialised label embedding, installed in the class-embedding slot of `base.network`.
 
     `num_classes` is the number of labels, or with several factors their `Factors`, or a `Continuous` space. Labels are those of
     ctrl.labels; `null` is "no label". Its embedding, and that of a factor left free, stays zero and gets no gradient.
@@ -39,11 +39,11 @@ class Control:
 
     def __init__(
         self, base: Base, num_classes: int | Factors | Continuous, rank: int, target_modules: Sequence[str], seed: int = 0,
-        min_timestep: int = 0,
+        min_timestep: float = 0,
     ):  # fmt: skip
-        unet = base.unet
-        if unet.class_embedding is not None:
-            raise UserError("base: its UNet has a class embedding already; CTRL needs that slot for the new label")
+        network = base.network
+        if network.class_embedding is not None:
+            raise UserError(f"base: its {base.part} has a class embedding already; CTRL needs that slot for the new label")
         space = num_classes if isinstance(num_classes, Continuous) else Factors.of(num_classes)
         self.base, self.space, self.null = base, space, space.null
         self.settings = {**described_space(space), "rank": rank, "target_modules": list(target_modules), "min_timestep": min_timestep}
@@ -51,15 +51,14 @@ class Control:
             torch.manual_seed(seed)
             lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(target_modules))
             try:
-                unet.add_adapter(lora, ADAPTER)
+                network.add_adapter(lora, ADAPTER)
             except ValueError as error:
                 raise UserError(f"finetune.lora.target_modules: {error}") from error
-        width = unet.time_embedding.linear_2.out_features
         if isinstance(space, Continuous):
-            unet.class_embedding = FourierEmbedding(space.mean, space.sd, width, seed).to(base.device)
+            network.class_embedding = FourierEmbedding(space.mean, space.sd, base.time_width, seed).to(base.device)
         else:
-            unet.class_embedding = LabelEmbedding(space, width, base.device)
-        self._layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer) and ADAPTER in m.lora_A]
+            network.class_embedding = LabelEmbedding(space, base.time_width, base.device)
+        self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and ADAPTER in m.lora_A]
         self._lora = install(self._layers)
         self._merged: list[tuple[nn.Module, dict[str, Tensor]]] = []
         for parameter in self.parameters().values():
@@ -67,11 +66,11 @@ class Control:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, by name."""
-        return {name: p for name, p in self.base.unet.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.base.network.named_parameters() if p.requires_grad}
 
     def groups(self, learning_rate: float, embedding_learning_rate: float) -> list[dict]:
         """Parameter groups for an optimizer: LoRA, and the label embedding with its own learning rate."""
-        embedding = list(self.base.unet.class_embedding.parameters())
+        embedding = list(self.base.network.class_embedding.parameters())
         lora = [p for name, p in self.parameters().items() if not name.startswith("class_embedding.")]
         return [{"params": lora, "lr": learning_rate}, {"params": embedding, "lr": embedding_learning_rate}]
 
@@ -104,7 +103,7 @@ class Control:
 
             return torch.utils.checkpoint.checkpoint(again, *arguments, use_reentrant=False)
 
-        self.base.unet.enable_gradient_checkpointing(checkpoint)
+        self.base.network.enable_gradient_checkpointing(checkpoint)
 
     def _restore(self, parameters: Sequence[nn.Parameter], on: str, trained: bool) -> None:
         if on != self._lora.on:
@@ -125,10 +124,10 @@ class Control:
         The pretrained weights are kept beside the merged ones, and take turns with them: inside `lora_on("none")` the model is still the
         pretrained one, bit for bit. The LoRA layers themselves are gone from the network: there is nothing left to train or to save.
         """
-        for name, layer in [(n, m) for n, m in self.base.unet.named_modules() if isinstance(m, BaseTunerLayer)]:
+        for name, layer in [(n, m) for n, m in self.base.network.named_modules() if isinstance(m, BaseTunerLayer)]:
             module, delta = layer.get_base_layer(), layer.get_delta_weight(ADAPTER)
             self._merged.append((module, {"none": module.weight.data, "all": module.weight.data + delta.to(module.weight)}))
-            self.base.unet.set_submodule(name, module)
+            self.base.network.set_submodule(name, module)
         self._layers = []
         self._switch("all")
         return self
@@ -219,14 +218,14 @@ class Control:
 
     def save(self, folder: Path) -> None:
         """Writes the LoRA as diffusers reads it, and the label embedding beside it, into an existing folder."""
-        unet = self.base.unet
-        lora = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-        metadata = unet.peft_config[ADAPTER].to_dict()  # carries lora_alpha, which is lost without it
+        network, part = self.base.network, self.base.part
+        lora = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+        metadata = network.peft_config[ADAPTER].to_dict()  # carries lora_alpha, which is lost without it
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set's order changes from process to process
         with TemporaryDirectory() as temporary:  # diffusers writes in place: a killed run would leave half a file
-            self.base.pipe.save_lora_weights(temporary, unet_lora_layers=lora, unet_lora_adapter_metadata=metadata)
+            self.base.pipe.save_lora_weights(temporary, **{f"{part}_lora_layers": lora, f"{part}_lora_adapter_metadata": metadata})
             write_bytes(Path(folder) / LORA_FILE, canonical((Path(temporary) / LORA_FILE).read_bytes()))
-        save_tensors(Path(folder) / EMBEDDING_FILE, unet.class_embedding.state_dict())
+        save_tensors(Path(folder) / EMBEDDING_FILE, network.class_embedding.state_dict())
 
 
 def described_space(space: Factors | Continuous) -> dict:
@@ -243,11 +242,11 @@ def load(base: Base, folder: str | Path) -> Control:
     described, lora, embedding = check_adapter(base, folder)
     space = space_of_adapter(described)
     control = Control(base, space, described["rank"], described["target_modules"], min_timestep=described["min_timestep"])
-    state = {key.removeprefix("unet."): value for key, value in lora.items()}
-    unexpected = set_peft_model_state_dict(base.unet, state, adapter_name=ADAPTER).unexpected_keys
+    state = {key.removeprefix(f"{base.part}."): value for key, value in lora.items()}
+    unexpected = set_peft_model_state_dict(base.network, state, adapter_name=ADAPTER).unexpected_keys
     if unexpected or len(state) != 2 * len(control._layers):
         raise UserError(f"{folder / LORA_FILE}: its layers are not those that {folder / 'adapter.json'} describes; train it again")
-    base.unet.class_embedding.load_state_dict(embedding)
+    base.network.class_embedding.load_state_dict(embedding)
     return control
 
 

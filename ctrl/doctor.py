@@ -32,12 +32,12 @@ class Finding:
 def check_pieces(base: Base, classifier: Classifier | Product, space: Factors | Continuous, cells: Sequence[tuple]) -> list[Finding]:
     """A line for each piece that is broken in itself, or does not fit the dataset's labels."""
     findings = []
-    for name, module in {"classifier": classifier, "base's UNet": base.unet, "base's VAE": base.pipe.vae}.items():
+    for name, module in {"classifier": classifier, f"base's {base.part}": base.network, "base's VAE": base.pipe.vae}.items():
         broken = [key for key, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             findings.append(f"{name}: {len(broken)} of its weights are not finite ({broken[0]}): load or train it again")
-    if base.unet.class_embedding is not None:
-        findings.append("base: its UNet has a class embedding already; CTRL needs that slot for the new label: take another base")
+    if base.network.class_embedding is not None:
+        findings.append(f"base: its {base.part} has a class embedding already; CTRL needs that slot for the new label: take another base")
     return [Finding(True, text) for text in findings + check_labels(classifier, space, cells)]
 
 

@@ -72,9 +72,9 @@ def merge(base: Base, adapter: Path, folder: Path) -> float:
     Returns the LoRA's overlap with the base's own weights, by which the pipeline tells them from the merged ones.
     """
     control = controls.load(base, adapter)
-    before, _ = overlap(base.unet, load_tensors(adapter / LORA_FILE))
+    before, _ = overlap(base.network, load_tensors(adapter / LORA_FILE))
     control.merge()
-    base.unet.class_embedding = None  # it has its own file: the pipeline puts it into its slot
+    base.network.class_embedding = None  # it has its own file: the pipeline puts it into its slot
     base.pipe.save_pretrained(folder)
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"_class_name": ["pipeline", f"Label{base.source.kind}"]})

@@ -44,14 +44,14 @@ def check_distinct(weight, control, folder):
         first += len(names)
 
 
-def overlap(unet, lora):
-    """The inner product of the UNet's weights with what the LoRA adds to them, and the latter's squared norm.
+def overlap(network, lora):
+    """The inner product of the network's weights with what the LoRA adds to them, and the latter's squared norm.
 
     Merging the LoRA raises the first by the second: so that one tells merged weights from the base's, whatever they were rounded to.
     """
     inner = square = 0.0
     for key in [key for key in lora if key.endswith(".lora_A.weight")]:
-        layer = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
+        layer = network.get_submodule(key.removesuffix(".lora_A.weight").partition(".")[2])
         added = lora[key.replace(".lora_A.", ".lora_B.")].float().flatten(1) @ lora[key].float().flatten(1)
         inner += (layer.weight.detach().float().cpu().flatten(1) * added).sum().item()
         square += added.square().sum().item()
@@ -94,7 +94,12 @@ class LabelControl:
     are warned about.
     """
 
+    PREFIX = "unet"  # what the network that predicts is called, in the pipeline and in the LoRA's file
     control = null = None
+
+    @property
+    def network(self):
+        return getattr(self, self.PREFIX)
 
     def load_control(self, folder):
         """Loads the LoRA and the label embedding in `folder`."""
@@ -102,12 +107,12 @@ class LabelControl:
         control = json.loads((folder / "adapter.json").read_text())
         weights = load_file(folder / "label_embedding.safetensors")
         if control.get("merged"):
-            inner, square = overlap(self.unet, load_file(folder / "pytorch_lora_weights.safetensors"))
+            inner, square = overlap(self.network, load_file(folder / "pytorch_lora_weights.safetensors"))
             if inner < control["base_overlap"] + square / 2:
                 merged = f"{folder}: the LoRA is merged into the weights in this folder, and this pipeline has others"
                 raise ValueError(f"{merged}: load the pipeline from here, DiffusionPipeline.from_pretrained({str(folder)!r}, ...)")
-        # The UNet's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
-        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": "unet", "use_safetensors": True}
+        # The network's own loader: the pipeline's would also look for a LoRA of the text encoder, and warn that there is none.
+        network, file = self.network, {"weight_name": "pytorch_lora_weights.safetensors", "prefix": self.PREFIX, "use_safetensors": True}
         if "continuous" in control:
             self.null, embedding = math.nan, FourierEmbedding(weights, control["continuous"]["mean"], control["continuous"]["sd"])
         else:
@@ -115,19 +120,23 @@ class LabelControl:
             self.null = len(weights["weight"]) - 1
             embedding = LabelEmbedding(*weights["weight"].shape, padding_idx=self.null)
             embedding.load_state_dict(weights)
-        self.unet.load_lora_adapter(str(folder), **file, adapter_name="ctrl", _pipeline=self)
+        network.load_lora_adapter(str(folder), **file, adapter_name="ctrl", _pipeline=self)
         if control.get("merged"):  # the LoRA is in the weights, and -1 times it takes it out again: on and off change places
-            self.unet.set_adapters("ctrl", -1.0)
-            self.unet.enable_adapters, self.unet.disable_adapters = self.unet.disable_adapters, self.unet.enable_adapters
-            self.unet.enable_adapters()
-        self.unet.class_embedding = embedding.to(self.unet.device, self.unet.dtype).requires_grad_(False)
-        # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
-        quadratic = control["sampler"]["spacing"] == "quadratic"
-        # Neither clips: that would be another law than the one that was trained, wherever latents are large.
-        spaced = {"clip_sample": False, "thresholding": False} | ({"variance_type": "fixed_small"} if quadratic else {})
-        self.scheduler = (DDPMScheduler if quadratic else DDIMScheduler).from_config(self.scheduler.config, **spaced)
+            network.set_adapters("ctrl", -1.0)
+            network.enable_adapters, network.disable_adapters = network.disable_adapters, network.enable_adapters
+            network.enable_adapters()
+        network.class_embedding = embedding.to(network.device, network.dtype).requires_grad_(False)
+        self.scheduler = self.scheduler_of(control["sampler"])
         self.control = control
         return self
+
+    def scheduler_of(self, sampler):
+        """What draws from the law that was trained."""
+        # DDPM is DDIM with eta 1, and the one of the two that diffusers runs on any timesteps.
+        quadratic = sampler["spacing"] == "quadratic"
+        # Neither clips: that would be another law than the one that was trained, wherever latents are large.
+        spaced = {"clip_sample": False, "thresholding": False} | ({"variance_type": "fixed_small"} if quadratic else {})
+        return (DDPMScheduler if quadratic else DDIMScheduler).from_config(self.scheduler.config, **spaced)
 
     def check_labels(self, label, num_prompts):
         """`label` as rows of the embedding, (num_prompts, factors), or numbers, NaN for none. ValueError where it is wrong.
@@ -193,24 +202,24 @@ class LabelControl:
 
     @contextmanager
     def conditioned(self, labels, strength):
-        """Inside, every UNet pass gets the labels (the null label in its unguided half) and the strength: 0 where there is no label."""
-        unet = self.unet
-        null = self.null
-        forward = unet.forward
+        """Inside, every pass gets the labels (the null label in its unguided half) and the strength: 0 where there is no label."""
+        network, null = self.network, self.null
+        forward = network.forward
         free = labels.isnan() if labels.ndim == 1 else (labels == null).all(1)
         strengths = torch.where(free, 0.0, float(strength))
 
-        def with_labels(sample, timestep, *args, **kwargs):
+        def with_labels(sample=None, timestep=None, hidden_states=None, **kwargs):  # a transformer's x_t has the last of these names
+            sample = hidden_states if sample is None else sample
             y, s = labels.to(sample.device), strengths
             if len(sample) == 2 * len(y):
                 y, s = torch.cat([torch.full_like(y, null), y]), s.repeat(2)
             kwargs.pop("return_dict", None)
 
             def eps_of(y, enabled):
-                unet.enable_adapters() if enabled else unet.disable_adapters()
-                return forward(sample, timestep, *args, class_labels=y, return_dict=False, **kwargs)[0]
+                network.enable_adapters() if enabled else network.disable_adapters()
+                return forward(sample, timestep=timestep, class_labels=y, return_dict=False, **kwargs)[0]
 
-            active = int(timestep) >= self.control["min_timestep"] and s.any()
+            active = timestep.max() >= self.control["min_timestep"] and s.any()
             if active and (s == 1).all():
                 return (eps_of(y, True),)
             eps_pre = eps_of(torch.full_like(y, null), False)
@@ -218,12 +227,12 @@ class LabelControl:
                 return (eps_pre,)
             return (eps_pre + s.view(-1, 1, 1, 1).to(eps_pre) * (eps_of(y, True) - eps_pre),)
 
-        unet.forward = with_labels
+        network.forward = with_labels
         try:
             yield
         finally:
-            unet.forward = forward
-            unet.enable_adapters()
+            network.forward = forward
+            network.enable_adapters()
 
     def __call__(self, prompt, label=None, strength=1.0, seed=None, num_images_per_prompt=1, **kwargs):
         if self.control is None:
@@ -234,19 +243,20 @@ class LabelControl:
             raise ValueError(f"strength is {strength!r}: it goes from 0 (the pretrained model) over 1 (the trained one) to more")
         if seed is not None:
             kwargs["generator"] = [torch.Generator().manual_seed(seed + k) for k in range(len(labels))]
-        for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):  # diffusers takes lists beside a list of prompts
+        # diffusers takes lists beside a list of prompts
+        for name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
             if isinstance(kwargs.get(name), str):
                 kwargs[name] = [kwargs[name]] * len(prompts)
         with self.conditioned(labels, strength):
             return super().__call__(prompts, num_images_per_prompt=num_images_per_prompt, **self.sampler_settings(kwargs))
 
 
-def labelled(pipeline):
-    """The class `pipeline` of diffusers, with labels."""
-    return type(f"Label{pipeline.__name__}", (LabelControl, pipeline), {})
+def labelled(pipeline, *more):
+    """The class `pipeline` of diffusers, with labels, and with `more` laid over that."""
+    return type(f"Label{pipeline.__name__}", (*more, LabelControl, pipeline), {})
 
 
-def with_labels(pipe):
+def with_labels(pipe, *more):
     """`pipe` itself, a pipeline of diffusers that is loaded already (from one file of weights, say), with labels."""
-    pipe.__class__ = labelled(type(pipe))
+    pipe.__class__ = labelled(type(pipe), *more)
     return pipe

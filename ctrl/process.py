@@ -72,9 +72,9 @@ class Process:
         return len(self.timesteps)
 
     @property
-    def lowest_noisy_timestep(self) -> int:
+    def lowest_noisy_timestep(self) -> float:
         """Of the last step that adds noise: below it there is no density, and nothing that a KL could weigh."""
-        return min(int(t) for i, t in enumerate(self.timesteps) if self.sigma(i) > 0)
+        return min(t.item() for i, t in enumerate(self.timesteps) if self.sigma(i) > 0)
 
     def coarse(self, stride: int, active: Sequence[bool]) -> "Process":
         """The same way down in longer steps: every `stride`-th of the `active` steps, and each of the others.

@@ -113,7 +113,7 @@ def main() -> None:
         history = train(task, log_prob, probe, settings, args.output, identity, [track], examples)
         if distributed.is_initialized():
             distributed.destroy_process_group()
-        check_distinct(space, base.unet.class_embedding.state_dict(), str(args.output))
+        check_distinct(space, base.network.class_embedding.state_dict(), str(args.output))
         figures = figures_of(args.name, settings, amounts_to, history, base)
         if judges := judged.figures(factors_of(report)):
             figures["judges"] = judges

@@ -4,8 +4,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from ctrl import pretrain
 from tests.strangers import edit_json
@@ -45,6 +52,35 @@ def sdxl(folder: Path, zeros: bool = True) -> Path:
     pipe = StableDiffusionXLPipeline(
         pretrain.build_vae({"channels": [16, 16], "latent_channels": 4}, 16), first, CLIPTextModelWithProjection(second.config),
         *tokenizers, unet, EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1), force_zeros_for_empty_prompt=zeros,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path, newer: bool = False) -> Path:
+    """Stable Diffusion 3's architecture: two CLIPs and T5, and a transformer of flow matching; a `newer` one is 3.5's."""
+    torch.manual_seed(0)
+    tokenizers = [pretrain.build_tokenizer(WORDS, folder / name) for name in ("tokenizer", "tokenizer_2")]
+    last = tokenizers[0].eos_token_id
+    clips = [
+        CLIPTextModelWithProjection(
+            pretrain.build_text_encoder(len(tokenizers[0]), last, {"width": width, "layers": 2, "heads": 2}).config
+        )
+        for width in (16, 8)
+    ]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in ("a", "coat", "bag"))]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=24, pos_embed_max_size=8,
+        **({"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if newer else {}),
+    )  # fmt: skip
+    vae = pretrain.build_vae({"channels": [16, 16], "latent_channels": 4}, 16)
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
+        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5,
+        tokenizer_3=T5TokenizerFast(vocab=words, extra_ids=0),
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder

@@ -41,8 +41,8 @@ def build(folder: Path, tiny_sd: Path, report: dict, cells: dict) -> Path:
         for p in control.parameters().values():
             p.add_(0.3 * torch.randn_like(p))
         if report.get("kind") != "continuous":
-            base.unet.class_embedding.weight *= 10
-            base.unet.class_embedding.weight[-1] = 0
+            base.network.class_embedding.weight *= 10
+            base.network.class_embedding.weight[-1] = 0
     adapter = folder / "adapters" / "ctrl"
     adapter.mkdir(parents=True)
     write_adapter(control, adapter, controls.describe(control, str(tiny_sd), SAMPLER, space.names, TRAINED), "coat")

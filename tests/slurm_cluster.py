@@ -2,7 +2,7 @@
 written, none is met.
 
 Folder and nodes have short names whatever the machine and the test are called: slurmd has a socket for each step at
-FOLDER/spool-NODE/NODE_JOB.STEP, and an address of 108 bytes is one too many: SLURM then holds the job for ever (launch_failed_requeued_held).
+FOLDER/spool-NODE/NODE_JOB.STEP, and where that has 108 bytes, SLURM holds the job for ever (launch_failed_requeued_held).
 
 Real daemons (Debian's packages slurm-wlm and munge), without accounting database, with GPUs that are files alone. By hand:
 

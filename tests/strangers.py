@@ -34,7 +34,7 @@ def new_adapter(tiny_sd: Path, folder: Path, prompt: str = "coat", names=("a", "
     with torch.no_grad():
         for parameter in control.parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
     sampler = SAMPLER | {"timesteps": control.base.process(2).timesteps.tolist()}
     folder.mkdir(parents=True)
     write_adapter(control, folder, controls.describe(control, str(tiny_sd), sampler, names, TRAINED), prompt)

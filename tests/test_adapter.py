@@ -47,7 +47,7 @@ def adapter(tiny_sd, control, tmp_path, process, spacing):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
     sampler = SAMPLER | {"spacing": spacing, "timesteps": process.timesteps.tolist()}
     names = control.space.names or ["a", "b", "c"]
     described = controls.describe(control, str(tiny_sd), sampler, names, TRAINED)
@@ -94,7 +94,7 @@ def test_weights_of_a_lower_precision_draw_the_same_too(tmp_path):
 @pytest.mark.slow
 def test_a_difference_is_noticed(control, process, adapter):
     with torch.no_grad():
-        control.base.unet.class_embedding.weight[:2] += 1.0
+        control.base.network.class_embedding.weight[:2] += 1.0
     with pytest.raises(UserError, match="other images"):
         check_in_plain_diffusers(control, process, *adapter, CELLS, ["{}"])
 

@@ -161,7 +161,7 @@ def test_no_folder_and_no_name(path):
 def test_a_variant_is_taken_where_it_is_asked_for(tiny_sd, tmp_path):
     bases.load(tiny_sd).pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     base = bases.load(tmp_path / "half", variant="fp16")
-    assert base.fingerprint() == bases.load(tiny_sd).fingerprint() and base.unet.dtype == torch.float32
+    assert base.fingerprint() == bases.load(tiny_sd).fingerprint() and base.network.dtype == torch.float32
     refused("base.path: .* cannot be loaded", tmp_path / "half")
     refused("base.path: .* cannot be loaded.*fp8", tmp_path / "half", variant="fp8")
     file = tmp_path / "half/unet/diffusion_pytorch_model.fp16.safetensors"
@@ -173,7 +173,7 @@ def test_a_variant_is_taken_where_it_is_asked_for(tiny_sd, tmp_path):
 
 def test_half_precision_spares_the_vae(tiny_sd):
     base = bases.load(tiny_sd, dtype="float16")
-    assert base.unet.dtype == torch.float16 and base.pipe.vae.dtype == torch.float32
+    assert base.network.dtype == torch.float16 and base.pipe.vae.dtype == torch.float32
 
 
 def test_one_file_of_weights_is_the_folders_model(tiny_sd, tmp_path):

@@ -32,7 +32,7 @@ def test_a_base_of_half_precision_stays_one_beside_parameters_of_single_precisio
     base = bases.load(tiny_sd, dtype="bfloat16")
     control = Control(base, 3, 4, ["conv_in", "to_q"], seed=0)
     assert {p.dtype for p in control.parameters().values()} == {torch.float32}
-    assert base.dtype == base.unet.dtype == torch.bfloat16 and base.device == base.unet.device
+    assert base.dtype == base.network.dtype == torch.bfloat16 and base.device == base.network.device
 
 
 def scramble(control, size=0.1):
@@ -41,7 +41,7 @@ def scramble(control, size=0.1):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(size * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -100,7 +100,7 @@ def test_null_row_gets_no_gradient_and_all_else_does(control, process, noise):
     pre = control.base_denoiser(process, PROMPTS)(noise[0], 0)
     eps = control.denoiser(process, PROMPTS, labels)(noise[0], 0)
     (eps - pre).square().sum().backward()
-    gradient = control.base.unet.class_embedding.weight.grad
+    gradient = control.base.network.class_embedding.weight.grad
     assert gradient[control.null].abs().max() == 0 and gradient[0].abs().max() > 0
     assert gradient[2].abs().max() == 0, "label 2 was not asked for"
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in control.parameters().values()), "switching off froze a weight"
@@ -110,7 +110,7 @@ def test_only_lora_and_embedding_are_trained(control):
     assert all("lora_" in name or name == "class_embedding.weight" for name in control.parameters())
     groups = control.groups(1e-3, 1e-2)
     assert sum(len(g["params"]) for g in groups) == len(control.parameters())
-    assert groups[1]["params"][0] is control.base.unet.class_embedding.weight and groups[1]["lr"] == 1e-2
+    assert groups[1]["params"][0] is control.base.network.class_embedding.weight and groups[1]["lr"] == 1e-2
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
@@ -173,7 +173,7 @@ def test_fingerprint_knows_the_base_and_not_the_adapter_or_precision(tiny_sd, ba
     assert base.fingerprint() == before == bases.load(tiny_sd, dtype="float16").fingerprint()
     assert base.fingerprint(torch.bfloat16) == bases.load(tiny_sd, dtype="bfloat16").fingerprint(torch.bfloat16) != before
     with torch.no_grad():
-        base.unet.conv_in.weight.view(-1)[0] += 1
+        base.network.conv_in.weight.view(-1)[0] += 1
     assert base.fingerprint() != before
 
 
@@ -206,7 +206,7 @@ def test_adapter_with_other_layers_is_refused(tiny_sd, control, tmp_path):
 def test_adapter_whose_label_changes_nothing_is_refused(tiny_sd, control, tmp_path, row, says):
     scramble(control)
     with torch.no_grad():
-        control.base.unet.class_embedding.weight[slice(None) if row is None else row] = 0
+        control.base.network.class_embedding.weight[slice(None) if row is None else row] = 0
     save(control, tmp_path / "a")
     with pytest.raises(UserError, match=says):
         controls.load(bases.load(tiny_sd), tmp_path / "a")
@@ -273,11 +273,11 @@ def test_several_factors_start_as_the_base_and_a_free_one_has_no_say(tiny_sd, ba
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        base.unet.class_embedding.weight[-1] = 0
+        base.network.class_embedding.weight[-1] = 0
         drawn = sample(process, control.denoiser(process, PROMPTS, labels), noise)
-        base.unet.class_embedding.weight[2:5] += 1  # the other factor's
+        base.network.class_embedding.weight[2:5] += 1  # the other factor's
         changed = sample(process, control.denoiser(process, PROMPTS, labels), noise)
-        base.unet.class_embedding.weight[2:5] -= 1
+        base.network.class_embedding.weight[2:5] -= 1
     assert not torch.allclose(changed[0], drawn[0], atol=1e-3)
     assert torch.allclose(changed[1:], drawn[1:], atol=1e-5), "the factor was free there"
     save(control, tmp_path / "a")

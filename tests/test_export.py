@@ -32,7 +32,7 @@ def adapter(tiny_sd, control, tmp_path):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
     sampler = SAMPLER | {"timesteps": control.base.process(4).timesteps.tolist()}
     folder = tmp_path / "adapter"
     folder.mkdir()

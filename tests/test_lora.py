@@ -27,7 +27,7 @@ def test_forward_is_that_of_peft(control):
     x_t = torch.randn(3, *control.base.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = []
     for peft in (False, True):
-        for layer in control.base.unet.modules():
+        for layer in control.base.network.modules():
             if peft and isinstance(layer, BaseTunerLayer):
                 del layer.forward
         out = eps(control, x_t)
@@ -36,7 +36,7 @@ def test_forward_is_that_of_peft(control):
 
 
 def test_half_is_the_second_half_of_every_layer(control):
-    layer = next(m for m in control.base.unet.modules() if isinstance(m, BaseTunerLayer) and isinstance(m.base_layer, torch.nn.Conv2d))
+    layer = next(m for m in control.base.network.modules() if isinstance(m, BaseTunerLayer) and isinstance(m.base_layer, torch.nn.Conv2d))
     x = torch.randn(4, layer.base_layer.in_channels, 4, 4, dtype=control.base.dtype)
     with torch.no_grad():
         whole, none = layer(x), layer.base_layer(x)

@@ -12,21 +12,24 @@ from ctrl.adapter import check_in_plain_diffusers, write_adapter
 from ctrl.control import Control
 from ctrl.finetune.gradients import gradient_function, supervised_gradient
 from ctrl.finetune.task import Examples, Task
+from ctrl.flow import MemorylessScheduler
 from ctrl.oracles import to_pil
 from ctrl.sampling import noise_of, sample
 from tests import kinds
 from tests.trained import TRAINED
 
 PROMPTS, LABELS = ["coat", "a bag"], torch.tensor([0, 2])
-LAYERS = ["to_q", "to_v", "conv1"]
+LAYERS = ["to_q", "to_v", "conv1"]  # a transformer has no conv1
 SAMPLER = {"num_steps": 3, "eta": 1.0, "guidance_scale": 2.5, "spacing": "scheduler"}
 
 
-@pytest.fixture(scope="module", params=["eps", "v", "xl", "xl_without_zeros"])
+@pytest.fixture(scope="module", params=["eps", "v", "xl", "xl_without_zeros", "sd3", "sd35"])
 def folder(request, tiny_sd, tmp_path_factory):
     place = tmp_path_factory.mktemp("kinds") / request.param
     if request.param == "eps":
         return tiny_sd
+    if "sd3" in request.param:
+        return kinds.sd3(place, newer=request.param == "sd35")
     return kinds.sd_v(place, tiny_sd) if request.param == "v" else kinds.sdxl(place, zeros=request.param == "xl")
 
 
@@ -45,7 +48,7 @@ def scramble(control: Control) -> Control:
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
     return control
 
 
@@ -62,9 +65,13 @@ def plainly(folder, **given) -> np.ndarray:
     """What diffusers itself draws."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     generator = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return stack(pipe(PROMPTS, num_inference_steps=3, eta=1.0, guidance_scale=2.5, generator=generator, **given).images)
+    if hasattr(pipe, "transformer"):
+        pipe.scheduler = MemorylessScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler.generator = generator
+    else:
+        pipe.scheduler, given = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False), given | {"eta": 1.0}
+    return stack(pipe(PROMPTS, num_inference_steps=3, guidance_scale=2.5, generator=generator, **given).images)
 
 
 def adapter(control: Control, folder, name: str) -> tuple:
@@ -93,9 +100,9 @@ def test_untrained_it_is_the_base_bit_for_bit(model, noise):
 
 def test_the_guided_pair_is_one_batch_and_prompts_are_encoded_once(model, noise, monkeypatch):
     process, passes, encoded = model.process(3), [], []
-    encode, forward = model.pipe.encode_prompt, model.unet.forward
+    encode, forward = model.pipe.encode_prompt, model.network.forward
     monkeypatch.setattr(model.pipe, "encode_prompt", lambda p, **k: encoded.extend(p) or encode(p, **k))
-    monkeypatch.setattr(model.unet, "forward", lambda x, *a, **k: passes.append(len(x)) or forward(x, *a, **k))
+    monkeypatch.setattr(model.network, "forward", lambda x, *a, **k: passes.append(len(x)) or forward(x, *a, **k))
     for _ in range(2):
         sample(process, model.denoiser(process, ["coat", "coat"], 2.5), noise)
     assert passes == [4] * 6 and sorted(encoded) == ["", "coat"]
@@ -144,11 +151,12 @@ def test_saved_and_loaded_the_pipeline_draws_the_trainers_images(folder, model, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["v", "xl"])
-def test_plain_diffusers_draws_the_same_images_with_an_adapter_of_sd_2_and_of_sdxl(kind, tiny_sd, tmp_path):
-    base = kinds.sd_v(tmp_path / "base", tiny_sd) if kind == "v" else kinds.sdxl(tmp_path / "base")
+@pytest.mark.parametrize("kind", ["v", "xl", "sd3"])
+def test_plain_diffusers_draws_the_same_images_with_an_adapter_of_every_kind(kind, tiny_sd, tmp_path):
+    base = {"v": lambda f: kinds.sd_v(f, tiny_sd), "xl": kinds.sdxl, "sd3": kinds.sd3}[kind](tmp_path / "base")
     model = bases.load(base)
     place, described = adapter(scramble(Control(model, 3, 4, LAYERS)), tmp_path / "adapter", str(base))
     control = controls.load(bases.load(base), place)
     check_in_plain_diffusers(control, model.process(3), place, described, [("coat", 0), ("bag", 2)], ["{}"])
-    assert f"tags: [stable-diffusion{'-xl' if kind == 'xl' else ''}," in (place / "README.md").read_text()
+    tag = {"v": "stable-diffusion", "xl": "stable-diffusion-xl", "sd3": "sd3"}[kind]
+    assert f"tags: [{tag}, {tag}-diffusers," in (place / "README.md").read_text()

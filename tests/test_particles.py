@@ -130,7 +130,8 @@ def a_classifier(tmp_path):
 def test_many_images_share_a_pass_and_none_depends_on_the_others(base, a_classifier, method, monkeypatch):
     """Five images of 3 particles, at most 7 particles at a time: passes of 6, 6 and 3, and the same images one by one."""
     process, passes = base.process(3), []
-    monkeypatch.setattr(base.unet, "forward", lambda x, *a, forward=base.unet.forward, **k: passes.append(len(x)) or forward(x, *a, **k))
+    forward = base.network.forward
+    monkeypatch.setattr(base.network, "forward", lambda x, *a, **k: passes.append(len(x)) or forward(x, *a, **k))
     rows = pd.DataFrame({"prompt": ["coat", "bag", "a bag", "coat", "coat"], "label": [0, 1, 0, 1, 1], "seed": [5, 6, 7, 8, 8]})
     config = {"sampler": {"guidance_scale": 1.0, "batch_size": 7}, "particles": 3, "finetune": {"gamma": 20.0}}
     draw = particle_draw(base, process, config, a_classifier, method)

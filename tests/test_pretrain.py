@@ -31,9 +31,9 @@ def data(base):
 
 def first_loss(base, data, folder, **changes):
     """Of distillation, before the weights have moved."""
-    base.unet.requires_grad_(True)
+    base.network.requires_grad_(True)
     rows, config = [], STAGE | {"num_steps": 1, "learning_rate": 0.0} | changes
-    pretrain.distill_guidance(base.unet, base.pipe.text_encoder, *data, config, folder, 0, rows.append)
+    pretrain.distill_guidance(base.network, base.pipe.text_encoder, *data, config, folder, 0, rows.append)
     return rows[0]["loss"]
 
 
@@ -46,7 +46,7 @@ def test_distillation_aims_at_the_guided_prediction(base, data, tmp_path):
 
 
 def test_distillation_moves_the_unet_alone(base, data, tmp_path):
-    modules = {"unet": base.unet, "text_encoder": base.pipe.text_encoder}
+    modules = {"unet": base.network, "text_encoder": base.pipe.text_encoder}
     before = {name: {k: p.clone() for k, p in m.named_parameters()} for name, m in modules.items()}
     first_loss(base, data, tmp_path, guidance_scale=4.0, num_steps=4, learning_rate=1e-3)
     moved = {name: any(not torch.equal(p, before[name][k]) for k, p in m.named_parameters()) for name, m in modules.items()}

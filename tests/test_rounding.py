@@ -18,8 +18,8 @@ def test_each_precision_is_farther_off_and_the_network_stays(control):
         torch.manual_seed(0)
         for parameter in control.parameters().values():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    before = {name: value.clone() for name, value in control.base.unet.state_dict().items()}
+    before = {name: value.clone() for name, value in control.base.network.state_dict().items()}
     exact, tf32, bfloat16 = measure(control.base, control, SUBJECTS * 2, 2.0, 3)
     assert exact["kl_of_rounding"] == 0 < tf32["kl_of_rounding"] < bfloat16["kl_of_rounding"] < exact["kl_nats"]
-    assert all(torch.equal(before[name], value) for name, value in control.base.unet.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in control.base.unet.modules())
+    assert all(torch.equal(before[name], value) for name, value in control.base.network.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in control.base.network.modules())

@@ -105,7 +105,7 @@ def test_channels_last_is_a_layout_of_frozen_weights_alone(fresh):
     control = fresh()
     prepare(control, CONFIG | {"speed": OFF | {"channels_last": True}})
     trained = control.parameters()
-    wide = [(name in trained, p) for name, p in control.base.unet.named_parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    wide = [(name in trained, p) for name, p in control.base.network.named_parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     assert {t for t, _ in wide} == {True, False}
     assert all(p.is_contiguous(memory_format=torch.channels_last) != is_trained for is_trained, p in wide)
     assert distance(updates(control), updates(fresh())) < 1e-4
@@ -134,7 +134,7 @@ def test_blocks_are_computed_again_as_they_were(fresh, settings):
     control, calls = fresh(), []
     prepare(control, CONFIG | {"speed": OFF, "gradient_checkpointing": "blocks"})
     assert control.base.pipe.vae.is_gradient_checkpointing
-    control.base.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._lora.on))
+    control.base.network.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(control._lora.on))
     found = updates(control, settings=settings | {"gradient_checkpointing": "blocks"})
     assert distance(found, updates(fresh(), settings=settings)) < 1e-4
     assert {"all", "none"} == set(calls) and control._lora.on == "all" and all(p.requires_grad for p in control.parameters().values())
@@ -171,7 +171,7 @@ def test_attention_with_lora_is_torchs_own(control, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or own(*a, **k))
     psi = control.denoiser(control.base.process(2), ["coat"], torch.tensor([0]))
     psi(torch.randn(1, *control.base.latent_shape), 0)
-    assert len(calls) == sum(isinstance(m, Attention) for m in control.base.unet.modules()) > 0
+    assert len(calls) == sum(isinstance(m, Attention) for m in control.base.network.modules()) > 0
 
 
 def test_a_prompt_is_encoded_once(control):
@@ -198,7 +198,7 @@ def test_nothing_is_compiled_twice(fresh):
     from torch._dynamo.utils import counters
 
     control, plain = fresh(), fresh()
-    compile_for_fixed_shapes(control.base.unet, backend="aot_eager")
+    compile_for_fixed_shapes(control.base.network, backend="aot_eager")
     settings, compiled, found = {"control_variate": True, "batch_size": 2}, [], {}
     counters.clear()
     for _ in range(2):

@@ -196,7 +196,7 @@ def test_the_kl_is_that_of_the_strengthened_policy(control, base):
     with torch.no_grad():
         for p in control.parameters().values():
             p.add_(0.1 * torch.randn_like(p))
-        control.base.unet.class_embedding.weight[-1] = 0
+        control.base.network.class_embedding.weight[-1] = 0
     active = [i == 0 for i in range(4)]  # x_T is the same for every strength
 
     def kl(strength):

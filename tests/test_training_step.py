@@ -33,7 +33,7 @@ def test_four_passes_a_step_and_an_untrained_adapter_has_no_kl(control, tiny_sd)
     recomputed = figures["unet_forward"] - 4 * 3 * 4
     assert 0 < recomputed == figures["unet_backward"] < 4 * 3 * 4, "some steps are detached, the others computed again"
     assert any(p.grad.abs().max() > 0 for p in control.parameters().values() if p.grad is not None)
-    assert all(p.grad is None for p in copy.unet.parameters())
+    assert all(p.grad is None for p in copy.network.parameters())
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def efficient_adjoint_function(task: Task, log_prob: LogProb, config: dict) -> C
     if all(control.active(task.process)):
         raise UserError(
             f"finetune.trainer is efficient_adjoint; it needs a last step that is the pretrained model's own: raise finetune.min_timestep "
-            f"above {int(task.process.timesteps[-1])}, the sampler's last timestep"
+            f"above {task.process.timesteps[-1]:g}, the sampler's last timestep"
         )
     batch_of, kl_weight, switch = batch_function(task, config), kl_weight_of(task, config), config["speed"]["autocast"]
     recompute = config["gradient_checkpointing"] is True

@@ -32,12 +32,12 @@ def prepare(control: Control, settings: dict) -> None:
         control.recompute_blocks()
         base.pipe.vae.enable_gradient_checkpointing()
     if wanted(speed["channels_last"], base.device):
-        for module in (base.unet, base.pipe.vae):
+        for module in (base.network, base.pipe.vae):
             for weight in module.parameters():
                 if weight.ndim == 4 and not weight.requires_grad:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if wanted(speed["compile"], base.device):
-        compile_for_fixed_shapes(base.unet)
+        compile_for_fixed_shapes(base.network)
 
 
 def compile_for_fixed_shapes(network: nn.Module, backend: str = "inductor") -> None:

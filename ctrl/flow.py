@@ -1,0 +1,97 @@
+"""Flow matching (Lipman et al. 2023; Stable Diffusion 3): where it differs from diffusion, and a label for a transformer that has no slot.
+
+A flow mixes x_s = (1 − s) x_0 + s · noise and predicts v = E[noise − x_0 | x_s], with the timestep 1000 s. Divided by its norm, x_s is the
+x_t of a diffusion with sqrt(ᾱ) = (1 − s) / |(1 − s, s)|, whose chain at eta = 1 is the memoryless SDE of Adjoint Matching
+(Domingo-Enrich et al., ICLR 2025, arXiv 2409.08861). Where pure noise is left, s = 1, a signal of FIRST is taken for none: the chain has
+to be a Gaussian given x_0 there as well.
+
+Plain diffusers runs this file with an adapter, behind pipeline.py.
+"""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+FIRST = 1e-3  # of the data in x_s where the model's own schedule has none
+
+
+def scales(s):
+    """(1 − s) as above, and the norm of (1 − s, s): x_s = norm · x_t; tensors of the shape of `s`."""
+    a = (1 - s).clamp(min=FIRST)
+    return a, torch.hypot(a, s)
+
+
+def noise_in(x_s, v, s):
+    """The noise in x_s that the velocity `v` tells, eps in the words of diffusion: x_s = a x̂_0 + s eps with x̂_0 = x_s − s v."""
+    a, _ = scales(s)
+    return ((1 - a) * x_s + a * s * v) / s
+
+
+def open_slot(transformer):
+    """Gives `transformer` a UNet's slot: its `class_embedding` of the keyword `class_labels` is added to the embedding of the time."""
+    if hasattr(transformer, "class_embedding"):
+        return
+    forward = transformer.forward
+    transformer.class_embedding = transformer.class_labels = None
+
+    def add_label(module, inputs, embedded):
+        if transformer.class_embedding is None:
+            return embedded
+        return embedded + transformer.class_embedding(transformer.class_labels).to(embedded.dtype)
+
+    def with_labels(*args, class_labels=None, **kwargs):
+        transformer.class_labels = class_labels
+        return forward(*args, **kwargs)
+
+    transformer.time_text_embed.register_forward_hook(add_label)
+    transformer.forward = with_labels
+
+
+class MemorylessScheduler(FlowMatchEulerDiscreteScheduler):
+    """The memoryless chain at diffusers' own noise levels; `eta` scales its noise, and each image has a generator of its own."""
+
+    eta, generator = 1.0, None
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, **kwargs):
+        """`sigmas` are taken as they are: diffusers would shift them once more."""
+        super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)
+        if sigmas is not None:
+            self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in sigmas], dtype=torch.float32, device=device)
+        levels = self.timesteps.cpu().double() / self.config.num_train_timesteps
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
+
+    def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
+        """x at the next noise level from the velocity and `sample`, the x at this one."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        s, to = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        self._step_index += 1
+        (a, norm), (b, norm_to) = scales(s), scales(to)
+        x, v = sample.float(), model_output.float()
+        sigma = self.eta * (to / norm_to) / (s / norm) * (1 - (a / norm) ** 2 / (b / norm_to) ** 2).sqrt()
+        noise = randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        sd = norm_to * sigma  # in x, where sigma is that of x_t
+        x = b * (x - s * v) + (to**2 - sd**2).clamp(min=0).sqrt() * noise_in(x, v, s) + sd * noise
+        return (x.to(sample.dtype),)
+
+
+class FlowMatching:
+    """What a pipeline with labels does otherwise where its model is a transformer of flow matching."""
+
+    PREFIX = "transformer"
+
+    def load_control(self, folder):
+        open_slot(self.transformer)
+        return super().load_control(folder)
+
+    def scheduler_of(self, sampler):
+        return MemorylessScheduler.from_config(self.scheduler.config)
+
+    def sampler_settings(self, given):
+        settings = super().sampler_settings(given)
+        self.scheduler.eta, self.scheduler.generator = settings.pop("eta"), settings.get("generator")
+        if "num_inference_steps" not in given or given["num_inference_steps"] in (None, self.control["sampler"]["num_steps"]):
+            settings.pop("num_inference_steps", None)
+            settings.pop("timesteps", None)
+            settings["sigmas"] = [t / self.scheduler.config.num_train_timesteps for t in self.control["sampler"]["timesteps"]]
+        return settings
