@@ -5,13 +5,13 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(base: str | Path, adapter: str | Path, device: str = "cpu", dtype="float32", adapter_revision: str | None = None, **where: str):
+def load(base: str | Path, adapter: str | Path, device: str = "cpu", dtype="float32", adapter_revision: str | None = None, **where):
     """A pipeline with a trained control: `load(base, adapter)(["sneaker"], label=[3], strength=1.0, seed=0).images`.
 
-    `base` is a diffusers folder of Stable Diffusion 1.x, 2.x, 3.x or XL, a name on the hub, or one file of weights; `revision`, `variant`
-    and `config` say which one, as in the configuration. `adapter` is a folder, or a name on the hub, at `adapter_revision`. `dtype` is one
-    of DTYPES, or torch's own. Raises ctrl.errors.UserError where a file is missing or corrupt, or the adapter was made for another base.
-    No code in the adapter's folder is run: the pipeline is this package's own.
+    `base` is a diffusers folder of Stable Diffusion 1.x, 2.x, 3.x or XL, a name on the hub, or one file of weights; `revision`, `variant`,
+    `config` and `t5` say which one, as in the configuration. `adapter` is a folder, or a name on the hub, at `adapter_revision`. `dtype`
+    is one of DTYPES, or torch's own. Raises ctrl.errors.UserError where a file is missing or corrupt, or the adapter was made for another
+    base. No code in the adapter's folder is run: the pipeline is this package's own.
     """
     import torch
 

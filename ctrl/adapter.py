@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ctrl import flow, judged, pipeline
-from ctrl.base_files import FLOW
+from ctrl.base_files import FLOW, T5
 from ctrl.control import Control
 from ctrl.device import full_precision
 from ctrl.errors import UserError
@@ -117,7 +117,9 @@ def loading(described: dict, folder: str, fetched: str = "", options: str = "") 
 
     That is an expression, whose value `fetched` may bring. The base is the very one that the adapter was made for: same commit, same files.
     """
-    how = "".join(f", {key}={literal(value)}" for key, value in described.get("base_files", {}).items())
+    files = dict(described.get("base_files", {}))
+    without = "" if files.pop("t5", True) else "".join(f", {name}=None" for name in T5)
+    how = "".join(f", {key}={literal(value)}" for key, value in files.items()) + without
     single, kind = is_single_file(described), described["base_kind"]
     unchecked = UNCHECKED if kind == "StableDiffusionPipeline" and not single else ""
     code = FROM_SINGLE_FILE if single else FROM_PRETRAINED

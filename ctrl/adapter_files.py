@@ -28,6 +28,7 @@ CONTINUOUS = {
     **dict.fromkeys(("low", "high", "mean", "sd", "extrapolation", "tolerance"), NUMBER),
     **dict.fromkeys(("oracle", "unit"), NAME),
 }
+BASE_FILES = {**dict.fromkeys(("revision", "variant", "config"), NAME), "t5": {"const": False}}
 SCHEMA = {  # of adapter.json; what else it says is for people
     "type": "object",
     "required": ["base", "base_fingerprint", "rank", "target_modules", "min_timestep", "label_names", "sampler"],
@@ -37,7 +38,7 @@ SCHEMA = {  # of adapter.json; what else it says is for people
         "base_fingerprint": NAME,
         "base_fingerprint_bfloat16": NAME,
         "base_kind": NAME,
-        "base_files": {"type": "object", "propertyNames": {"enum": ["revision", "variant", "config"]}, "additionalProperties": NAME},
+        "base_files": {"type": "object", "properties": BASE_FILES, "additionalProperties": False},
         "rank": {"type": "integer", "minimum": 1, "maximum": 10_000},
         "target_modules": {**NAMES, "minItems": 1},
         "min_timestep": {"type": "number", "minimum": 0},
@@ -136,6 +137,8 @@ def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], di
             f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described[key]}), "
             f"not for this one ({found}); load it on that base, or train a new one"
         )
+    if base.source.t5 and "t5" in described.get("base_files", {}):
+        raise UserError(f"{folder}: the adapter was made for its base without T5: load that with t5=False (base.t5 in a configuration)")
     space, rank, targets = space_of_adapter(described), described["rank"], described["target_modules"]
     lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
     check_tensors(folder / LORA_FILE, lora, lora_shapes(base, rank, targets), str(path))

@@ -238,13 +238,13 @@ class Base:
 
 def load(
     path: str | Path, revision: str | None = None, dtype: str | torch.dtype = "float32", device: str = "cpu", variant: str | None = None,
-    config: str | None = None,
+    config: str | None = None, t5: bool = True,
 ) -> Base:  # fmt: skip
     """Loads a diffusers folder, a name on the hub, or one file of weights, frozen; for the arguments see `base_files.find`.
 
     Raises UserError where it is missing, broken, or of another kind than SD 1.x, 2.x, 3.x and SDXL.
     """
-    source = find(path, revision, variant, config)
+    source = find(path, revision, variant, config, t5)
     pipe = load_pipeline(source, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
         pipe.vae.float()  # it overflows in half precision, as its folder says

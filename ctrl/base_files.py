@@ -28,6 +28,7 @@ KINDS = {  # by `_class_name` in model_index.json: the pipeline, and what it is 
     "StableDiffusion3Pipeline": (StableDiffusion3Pipeline, {}),
 }
 FLOW = ("StableDiffusion3Pipeline",)  # of these, transformers of flow matching
+T5 = ("text_encoder_3", "tokenizer_3")  # what SD3 can do without
 AGAIN = "it takes whole .safetensors files: if a download was interrupted, repeat it"
 CONFIGURATION = ["*.json", "*.txt", "**/*.json", "**/*.txt", "**/*.model"]  # of a base on the hub, without its weights
 NOT_FETCHED = {"safety_checker": None}  # what plain diffusers is told to do without, too, where an adapter is checked in it
@@ -45,7 +46,7 @@ class Source:
     """A base that was found: its `folder` as diffusers lays it out; where the weights are one `file`, the folder is read but for them.
 
     `name` is what the user calls it, `kind` its pipeline's class, `revision` the commit of a base from the hub, `config` what the user
-    or the file's layers say that a single file's configuration is.
+    or the file's layers say that a single file's configuration is, `t5` whether SD3's third text encoder is loaded.
     """
 
     name: str
@@ -55,11 +56,13 @@ class Source:
     variant: str | None = None
     revision: str | None = None
     config: str | None = None
+    t5: bool = True
 
     @property
-    def how(self) -> dict[str, str]:
-        """The keywords with which diffusers loads just this model by its name."""
-        return {key: value for key in ("revision", "variant", "config") if (value := getattr(self, key))}
+    def how(self) -> dict[str, str | bool]:
+        """The keywords with which `find` finds just this model by its name."""
+        named = {key: value for key in ("revision", "variant", "config") if (value := getattr(self, key))}
+        return named | ({} if self.t5 else {"t5": False})
 
     def described(self) -> dict:
         """What is known of it before its weights are read."""
@@ -75,12 +78,15 @@ def part_of(kind: str) -> str:
     return "transformer" if kind in FLOW else "unet"
 
 
-def find(path: str | Path, revision: str | None = None, variant: str | None = None, config: str | Path | None = None) -> Source:
+def find(
+    path: str | Path, revision: str | None = None, variant: str | None = None, config: str | Path | None = None, t5: bool = True
+) -> Source:  # fmt: skip
     """The base `path`, all its files on this machine, checked as far as that goes without loading the weights.
 
     A diffusers folder; a name on the hub (`revision`: a commit, a tag or a branch), fetched into the hub's cache unless it is there; or
     one .safetensors file of weights, whose configuration and tokenizers are those of `config`, a folder or a name on the hub (None: of the
-    public model that its layers are those of), at `revision`. `variant` takes a folder's files of that name: fp16. Raises UserError.
+    public model that its layers are those of), at `revision`. `variant` takes a folder's files of that name: fp16. Without `t5`, SD3's
+    third text encoder is neither fetched nor loaded, as diffusers can do without it. Raises UserError.
     """
     name, config = expanded(path), config and expanded(config)
     if Path(name).suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -89,8 +95,13 @@ def find(path: str | Path, revision: str | None = None, variant: str | None = No
         return find_file(Path(name), revision, variant, config)
     if config:
         raise UserError(f"base.config is {config}, but base.path, {name}, is not one .safetensors file: leave base.config out")
-    folder, commit = locate(name, revision, variant)
-    return Source(name, folder, check_folder(folder), None, variant, commit)
+    folder, commit = locate(name, revision, variant, t5=t5)
+    kind, index = check_folder(folder), read_mapping(folder / INDEX)
+    if not t5 and T5[0] not in index:
+        raise UserError(f"base.t5 is false, but {name} is a {kind}, which has none: leave it out")
+    if t5 and index.get(T5[0]) == [None, None]:
+        raise UserError(f"base.path: {name} comes without its third text encoder: set base.t5 to false")
+    return Source(name, folder, kind, None, variant, commit, None, t5)
 
 
 def expanded(path: str | Path) -> str:
@@ -98,10 +109,10 @@ def expanded(path: str | Path) -> str:
     return os.path.expanduser(path) if str(path).startswith("~") else str(path)
 
 
-def locate(name: str, revision: str | None, variant: str | None, key: str = "base.path") -> tuple[Path, str | None]:
+def locate(name: str, revision: str | None, variant: str | None, key: str = "base.path", t5: bool = True) -> tuple[Path, str | None]:
     """The folder `name`, or that of the model of this name on the hub, and then its commit."""
     if not Path(name).is_dir():
-        folder = fetch(name, revision, variant, key)
+        folder = fetch(name, revision, variant, key, t5)
         return folder, folder.name
     if revision:
         raise UserError(f"base.revision is {revision}, but {key}, {name}, is a folder, which has no revisions: leave it out")
@@ -134,7 +145,7 @@ def find_file(file: Path, revision: str | None, variant: str | None, config: str
     return Source(str(file), folder, check_folder(folder, "base.config"), file, None, commit, config)
 
 
-def fetch(name: str, revision: str | None, variant: str | None, key: str = "base.path") -> Path:
+def fetch(name: str, revision: str | None, variant: str | None, key: str = "base.path", t5: bool = True) -> Path:
     """The folder of a model on the hub, in the hub's cache; of `base.config` without its weights.
 
     What cannot be a base is refused before its weights are fetched, which may be tens of GB.
@@ -148,7 +159,8 @@ def fetch(name: str, revision: str | None, variant: str | None, key: str = "base
             return Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION, **where))
         if not where:
             check_configuration(Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGURATION)), key, name)
-        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **NOT_FETCHED, **where))
+        without = NOT_FETCHED | ({} if t5 else dict.fromkeys(T5))
+        return Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **without, **where))
 
     try:
         return folder()
@@ -249,6 +261,7 @@ def unfit_sizes(network: Mapping, vae: Mapping) -> str | None:
 def load_pipeline(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The frozen pipeline of what `find` found. Raises UserError where a file is broken or lacks weights."""
     pipeline, options = KINDS[source.kind]
+    options = options | ({} if source.t5 else dict.fromkeys(T5))
     try:
         if source.file:
             pipe = pipeline.from_single_file(

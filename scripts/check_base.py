@@ -60,7 +60,7 @@ def main() -> None:
     config = load_config(args)
     check_weights(config)
     asked, size = config["base"], config["dataset"]["image_size"]
-    source = find(asked["path"], asked["revision"], asked["variant"], asked["config"])
+    source = find(asked["path"], asked["revision"], asked["variant"], asked["config"], asked["t5"])
     found = source.described()
     if (drawn := found["image_size"]) != size:
         raise errors.UserError(f"dataset.image_size is {size}, but {source.name} draws {drawn} pixels: give images of that size")

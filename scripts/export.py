@@ -30,9 +30,9 @@ def main() -> None:
         described = read_json(args.adapter / "adapter.json")
         if not args.base and not {"base", "base_files"} <= set(described):
             raise errors.UserError(f"{args.adapter / 'adapter.json'} does not say which base it is for: name it by --base")
-        found = {} if args.base else {key: described["base_files"].get(key) for key in ("revision", "variant", "config")}
+        found = {} if args.base else described["base_files"]
         if args.revision:
-            found["revision"] = args.revision
+            found = found | {"revision": args.revision}
         base = bases.load(args.base or described["base"], dtype=args.dtype, **found)
     export(args.adapter, args.output, args.repository, base, args.results)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file()) / 1e6

@@ -32,7 +32,7 @@ def load_base(config: dict, num_threads: int | None = None) -> tuple[Base, Proce
         torch.set_num_threads(num_threads)
     device = device_of(os.environ)
     asked, sampler = config["base"], config["sampler"]
-    base = base_models.load(asked["path"], asked["revision"], asked["dtype"], device, asked["variant"], asked["config"])
+    base = base_models.load(asked["path"], asked["revision"], asked["dtype"], device, asked["variant"], asked["config"], asked["t5"])
     return base, base.process(sampler["num_steps"], sampler["eta"], sampler["spacing"])
 
 

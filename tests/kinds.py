@@ -63,9 +63,7 @@ def sd3(folder: Path, newer: bool = False) -> Path:
     tokenizers = [pretrain.build_tokenizer(WORDS, folder / name) for name in ("tokenizer", "tokenizer_2")]
     last = tokenizers[0].eos_token_id
     clips = [
-        CLIPTextModelWithProjection(
-            pretrain.build_text_encoder(len(tokenizers[0]), last, {"width": width, "layers": 2, "heads": 2}).config
-        )
+        CLIPTextModelWithProjection(pretrain.build_text_encoder(len(tokenizers[0]), last, {"width": width, "layers": 2, "heads": 2}).config)
         for width in (16, 8)
     ]
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in ("a", "coat", "bag"))]
@@ -78,8 +76,8 @@ def sd3(folder: Path, newer: bool = False) -> Path:
     vae = pretrain.build_vae({"channels": [16, 16], "latent_channels": 4}, 16)
     vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
-        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5,
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0],
+        tokenizer=tokenizers[0], text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5,
         tokenizer_3=T5TokenizerFast(vocab=words, extra_ids=0),
     )  # fmt: skip
     pipe.save_pretrained(folder)

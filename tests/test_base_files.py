@@ -113,9 +113,9 @@ def test_what_is_fetched_of_sd_1_5_and_2_loads_offline_in_plain_diffusers(tiny_s
 
 MERGED = ["pipeline", "LabelStableDiffusionPipeline"]
 REFUSED = {
-    "flow matching": (
-        edit_json("model_index.json", _class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"]),
-        "owner/tiny-sd holds a StableDiffusion3Pipeline; a base is one of .*; docs/models.md says",
+    "packed latents": (
+        edit_json("model_index.json", _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"]),
+        "owner/tiny-sd holds a FluxPipeline; a base is one of .*; docs/models.md says",
     ),
     "a merged adapter": (edit_json("model_index.json", _class_name=MERGED), "whole pipeline .*LabelStableDiffusionPipeline.* as its card"),
     "inpainting": (edit_json("unet/config.json", in_channels=9), "owner/tiny-sd cannot be a base: .*inpainting"),
@@ -129,7 +129,7 @@ def test_what_cannot_be_a_base_is_refused_before_its_weights_are_fetched(tiny_sd
     hub.models[NAME] = copy_of(tiny_sd, tmp_path / "base", change)
     refused(f"^base.path: .*{says}", NAME)
     assert not [file for file in hub.fetched if file.endswith(".safetensors")]
-    if kind in ("flow matching", "a merged adapter"):
+    if kind in ("packed latents", "a merged adapter"):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         refused(f"^base.path: .*{says}", NAME)
 
@@ -256,6 +256,37 @@ def test_models_that_cannot_be_a_base_are_refused_before_their_weights_are_read(
     folder = copy_of(tiny_sd, tmp_path / "base", change)
     (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"")
     refused(f"^base.path: .*{says}", folder)
+
+
+UNFIT_FLOW = {
+    "another sampler": (lambda f: (f / SCHEDULER).write_text('{"_class_name": "FlowMatchHeunDiscreteScheduler"}'), "FlowMatchHeunDiscrete"),
+    "steps by the size": (edit_json(SCHEDULER, use_dynamic_shifting=True), "use_dynamic_shifting is not known"),
+    "inpainting": (edit_json("transformer/config.json", in_channels=9), "9 channels .* 4: .*inpainting"),
+    "no words": (lambda f: (f / "tokenizer_3/tokenizer.json").unlink(), "tokenizer_3 lacks its vocabulary"),
+    "no T5": (edit_json("model_index.json", text_encoder_3=[None, None]), "comes without its third text encoder: set base.t5 to false"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT_FLOW)
+def test_flows_that_cannot_be_a_base_are_refused_before_their_weights_are_read(tmp_path, name):
+    change, says = UNFIT_FLOW[name]
+    folder = copy_of(kinds.sd3(tmp_path / "sd3"), tmp_path / "base", change)
+    (folder / "transformer/diffusion_pytorch_model.safetensors").write_bytes(b"")
+    refused(f"^base.path: .*{says}", folder)
+
+
+def test_stable_diffusion_3_can_do_without_t5(tiny_sd, tmp_path, hub):
+    """On the hub it is not even fetched; from a folder that has none it is loaded all the same."""
+    whole = kinds.sd3(tmp_path / "sd3")
+    hub.models[NAME] = whole
+    base = bases.load(NAME, t5=False)
+    assert base.pipe.text_encoder_3 is None and base.source.how == {"revision": COMMIT, "t5": False}
+    assert not [file for file in hub.fetched if "_3/" in file and file.endswith(".safetensors")]
+    text = base.encode(["coat"])["encoder_hidden_states"]
+    assert text.shape[1] == bases.load(whole).encode(["coat"])["encoder_hidden_states"].shape[1] and not text[:, -256:].any()
+    base.pipe.save_pretrained(tmp_path / "without")
+    assert bases.load(tmp_path / "without", t5=False).fingerprint() == base.fingerprint()
+    refused("^base.t5 is false, but .* is a StableDiffusionPipeline, which has none", tiny_sd, t5=False)
 
 
 def run(monkeypatch, *words) -> None:

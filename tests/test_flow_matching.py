@@ -1,34 +1,34 @@
-"""What docs/models.md says of flow matching: by a change of variables its memoryless SDE is the process that is here already."""
+"""Flow matching in the words of diffusion: on a Gaussian, whose velocity is known, the chain is Adjoint Matching's memoryless SDE."""
 
 import math
 
 import pytest
 import torch
 
+from ctrl import base as bases
+from ctrl.flow import FIRST, MemorylessScheduler, noise_in, open_slot, scales
 from ctrl.process import Process
+from tests import kinds
 
 MEAN, SD = 0.7, 0.4  # of the data, a Gaussian
-FIRST = 1e-3  # the signal that is taken to be left in pure noise
 
 
 def process_of(sigmas: torch.Tensor) -> Process:
-    """x_t = (1 − s) x_0 + s eps, divided by its norm: the steps from each of `sigmas` to the next, and from the last to 0."""
-    signal = (1 - sigmas).clamp(min=FIRST)
-    abar = signal**2 / (signal**2 + sigmas**2)
-    return Process.from_alphas(abar, torch.arange(len(sigmas)), 1.0)
+    """The steps from each of `sigmas` to the next, and from the last to 0, as `Base.process` has them."""
+    a, norm = scales(sigmas)
+    return Process.from_alphas((a / norm).square(), torch.arange(len(sigmas)), 1.0)
+
+
+def velocity(x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """E[noise − x_0 | x_s] of the Gaussian."""
+    x_0 = MEAN + (1 - s) * SD**2 / ((1 - s) ** 2 * SD**2 + s**2) * (x - (1 - s) * MEAN)
+    return (x - x_0) / s  # x = (1 − s) x̂_0 + s noise
 
 
 def denoiser(sigmas: torch.Tensor):
-    """eps by way of the velocity v = E[eps − x_0 | x_t] of the Gaussian, as a network of flow matching would give it."""
-
     def eps(z: torch.Tensor, i: int) -> torch.Tensor:
-        s = sigmas[i].item()
-        if s == 1:  # pure noise: v tells the data's mean, and of the noise nothing but x itself
-            return z - FIRST * MEAN
-        a, x = 1 - s, z * math.hypot(1 - s, s)
-        x_0 = MEAN + a * SD**2 / (a**2 * SD**2 + s**2) * (x - a * MEAN)
-        v = (x - a * x_0) / s - x_0
-        return x + a * v
+        x = scales(sigmas[i])[1] * z
+        return noise_in(x, velocity(x, sigmas[i]), sigmas[i])
 
     return eps
 
@@ -67,3 +67,68 @@ def test_a_short_step_is_that_of_adjoint_matchings_sde(s):
     drift = 2 * velocity - x / (1 - s)
     assert ((mean - x) / h).item() == pytest.approx(drift.item(), rel=1e-3)
     assert (process.sigma(0) * following) ** 2 / h == pytest.approx(2 * s * (s / (1 - s) + 1), rel=1e-3)
+
+
+def test_pure_noise_tells_the_mean_alone():
+    """At s = 1 the velocity is noise − E[x_0], and what the noise is taken for leaves the estimate of the image as it is."""
+    s, x = torch.tensor(1.0), torch.tensor([[-0.3], [2.0]])
+    a, norm = scales(s)
+    eps = noise_in(x, velocity(x, s), s)
+    assert (a, round(norm.item(), 5)) == (pytest.approx(FIRST), 1.0)
+    torch.testing.assert_close((x - s * eps) / a, torch.full_like(x, MEAN), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_the_scheduler_for_plain_diffusers_takes_the_same_steps(eta):
+    """In x_s, which a transformer sees, where the process is in x_t; with a generator for each image."""
+    scheduler, seeds = MemorylessScheduler(shift=3.0), (5, 6)
+    scheduler.set_timesteps(6)
+    scheduler.eta, scheduler.generator = eta, [torch.Generator().manual_seed(seed) for seed in seeds]
+    again = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sigmas = scheduler.sigmas[:-1]
+    process, eps = process_of(sigmas), denoiser(sigmas)
+    process = Process(process.timesteps, process.abar_t, process.abar_s, eta)
+    x = z = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(velocity(x, sigmas[i].float()), t, x)[0]
+        noise = torch.cat([torch.randn(1, 1, 2, 2, generator=generator) for generator in again])
+        z = process.step(i, z, eps(z, i).float(), noise)
+        torch.testing.assert_close(x, z * scales(scheduler.sigmas[i + 1])[1].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_given_noise_levels_are_taken_as_they_are():
+    scheduler = MemorylessScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[0.9, 0.5])
+    assert scheduler.timesteps.tolist() == [900, 500] and scheduler.sigmas.tolist() == pytest.approx([0.9, 0.5, 0])
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps[0] == 1000 and 8 < scheduler.timesteps[1] < 10, "diffusers' own, shifted"
+
+
+@pytest.mark.parametrize("spacing", ["scheduler", "quadratic"])
+def test_the_noise_levels_of_a_base(tmp_path, spacing):
+    process = bases.load(kinds.sd3(tmp_path / "sd3")).process(4, spacing=spacing)
+    assert process.timesteps[0] == 1000 and process.abar_t[0] == pytest.approx(FIRST**2) and process.abar_s[-1] == 1
+    s = process.timesteps[1].double() / 1000
+    assert process.abar_t[1].item() == pytest.approx(((1 - s) ** 2 / ((1 - s) ** 2 + s**2)).item())
+    assert process.lowest_noisy_timestep == process.timesteps[-2], "the last step ends without noise"
+
+
+def test_a_slot_that_nobody_uses_changes_nothing(tmp_path):
+    """And the label's vector is added where the time's is, for each row its own."""
+    transformer = bases.load(kinds.sd3(tmp_path / "sd3")).pipe.transformer
+    seen = []
+    transformer.transformer_blocks[0].register_forward_pre_hook(lambda m, a, k: seen.append(k["temb"]), with_kwargs=True)
+    open_slot(transformer)  # a second time, as a base and a pipeline both do
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 5, 32),
+        "pooled_projections": torch.randn(2, 24), "timestep": torch.tensor([900.0, 900.0]),
+    }  # fmt: skip
+    with torch.no_grad():
+        plain = transformer(**inputs).sample
+        transformer.class_embedding = torch.nn.Embedding(2, transformer.inner_dim)
+        torch.nn.init.zeros_(transformer.class_embedding.weight)
+        assert torch.equal(transformer(**inputs, class_labels=torch.tensor([0, 1])).sample, plain)
+        transformer.class_embedding.weight[1] = 3.0
+        labelled = transformer(**inputs, class_labels=torch.tensor([0, 1])).sample
+    assert torch.equal(labelled[0], plain[0]) and not torch.allclose(labelled[1], plain[1])
+    torch.testing.assert_close(seen[2] - seen[0], torch.tensor([0.0, 3.0])[:, None].expand_as(seen[0]))
