@@ -59,6 +59,12 @@ def test_the_tasks_on_stable_diffusion_are_planned_with_their_real_names_and_no_
     assert ("note: label.aesthetic.weights: there is no file" in done.stdout) == (task == "multitask")
 
 
+def test_another_base_is_laid_over_a_task(repository):
+    configs = [f"config/stable_diffusion/{name}.yaml" for name in ("compressibility", "sd3")]
+    done = snakemake(repository, "-n", "--cores", "2", "all", "--configfile", *configs)
+    assert done.returncode == 0 and "results/sd3_compressibility/" in done.stdout, done.stdout
+
+
 def test_a_run_that_lacks_the_aesthetic_weights_ends_before_it_begins(repository):
     task = ("--configfile", "config/stable_diffusion/multitask.yaml", "--config", "experiment=lacking")
     done = snakemake(repository, "all", "--cores", "2", *task)

@@ -88,7 +88,7 @@ def code_lists() -> dict:
     """The variables of common.smk that list code."""
     text = (ROOT / "workflow/rules/common.smk").read_text()
     namespace = {"Path": Path}
-    exec(text[text.index("def lib(") : text.index("IMAGES, *TABLES")], namespace)
+    exec(text[text.index("def lib(") : text.index("def files_of(")], namespace)
     return namespace
 
 

@@ -54,7 +54,7 @@ def lib(names: str, folder: str = "ctrl") -> list[str]:
 
 ORACLES = lib("oracles scoring bins aesthetic own clip judge classifier heads networks dct")
 CLASSIFIER, PICTURES = lib("labels") + ORACLES, lib("curves labels pictures style", "ctrl/figures")
-CORE = [*lib("base base_files labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
+CORE = [*lib("base base_files flow labels process sampling generate pairs"), *ORACLES, *lib("cells loading", "scripts")]
 GUIDES, TRAINERS = (sorted(map(str, Path(f"ctrl/{folder}").glob("[!_]*.py"))) for folder in ("guidance", "finetune"))
 CONTROL = [*lib("control lora adapter_files embedding finetune/objective"), *CLASSIFIER]
 GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
@@ -62,6 +62,7 @@ DATA, EVALUATION = lib("data columns pictures"), [*lib("evaluation targets metri
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files features clip")],
     "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
+    "pretrain_flow": ["scripts/pretrain_flow.py", *lib("pretrain_flow pretrain base base_files flow process garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
     "build_dataset": ["scripts/build_dataset.py", *DATA, *lib("judge_fit classifier_fit metrics figures/histogram"), *CLASSIFIER],
@@ -81,13 +82,6 @@ CODE = {
     "plot_efficiency": ["scripts/plot_efficiency.py", *lib("efficiency judged methods_page tables figures/efficiency figures/style")],
     "plot_sweep": ["scripts/plot_sweep.py", *lib("figures/style figures/curves oracles")],
 }
-IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
-    "embedded": (f"{RESULTS}/images", "metadata.csv"),
-    "generated": (f"{RESULTS}/generated", "samples.parquet"),
-    "folder": (config["dataset"]["path"], "metadata.csv", "metadata.parquet"),
-}[config["dataset"]["kind"]]
-UNTOLD = config["dataset"]["kind"] == "folder" and not config["dataset"]["captions"]  # it may have no table
-TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists()), IMAGES if UNTOLD else f"{IMAGES}/{TABLES[0]}")
 
 
 def files_of(folder: str) -> list[str]:

@@ -4,6 +4,13 @@
 # Makes  results/{experiment}/dataset/{metadata.parquet, report.json, histogram.png}, and judge/ where a column is the label
 
 JUDGED = [factor_of(f["oracle"]) for f in config["label"]["factors"] or [config["label"]] if f["oracle"].startswith(COLUMN)]
+IMAGES, *TABLES = {  # the folder of images behind the dataset, and the names that its table may have
+    "embedded": (f"{RESULTS}/images", "metadata.csv"),
+    "generated": (f"{RESULTS}/generated", "samples.parquet"),
+    "folder": (config["dataset"]["path"], "metadata.csv", "metadata.parquet"),
+}[config["dataset"]["kind"]]
+UNTOLD = config["dataset"]["kind"] == "folder" and not config["dataset"]["captions"]  # it may have no table
+TABLE = next((f"{IMAGES}/{name}" for name in TABLES if Path(IMAGES, name).exists()), IMAGES if UNTOLD else f"{IMAGES}/{TABLES[0]}")
 
 
 rule unpack_images:

@@ -2,6 +2,7 @@
 #
 # Needs  Fashion-MNIST's training images in /usr/share/datasets/fashion-mnist (Debian's package dataset-fashion-mnist)
 # Makes  results/pretrain/mini-sd   the base model, a diffusers folder
+#        results/pretrain/mini-sd3  a Stable Diffusion 3 beside it: a transformer of flow matching, for config/flow.yaml; it ships nowhere
 #        results/pretrain/garments  the independent classifier behind the distances and prompt_accuracy
 
 
@@ -28,6 +29,35 @@ rule pretrain:
     shell:
         """
         python scripts/pretrain.py \
+            --config {input.config:q} \
+            --output {params.output:q} \
+            --checkpoints {params.checkpoints:q} \
+            --num-threads {threads} 2>&1 | tee {log:q}
+        """
+
+
+rule pretrain_flow:
+    """A Stable Diffusion 3 in miniature, on the VAE and the text encoder of the embedded base."""
+    input:
+        code=CODE["pretrain_flow"],
+        config="config/pretrain_flow.yaml",
+        base=files_of("resources/mini-sd"),
+    output:
+        index="results/pretrain/mini-sd3/model_index.json",
+        transformer="results/pretrain/mini-sd3/transformer/diffusion_pytorch_model.safetensors",
+    log:
+        "results/pretrain/logs/pretrain_flow.txt",
+    benchmark:
+        "results/pretrain/benchmarks/pretrain_flow.tsv"
+    threads: CORES
+    resources:
+        **GPU,
+    params:
+        output="results/pretrain/mini-sd3",
+        checkpoints="results/pretrain/checkpoints-sd3",
+    shell:
+        """
+        python scripts/pretrain_flow.py \
             --config {input.config:q} \
             --output {params.output:q} \
             --checkpoints {params.checkpoints:q} \
