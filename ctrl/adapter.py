@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from ctrl import flow, judged, pipeline
+from ctrl.adapter_files import LORA_FILE
 from ctrl.base_files import FLOW, T5
 from ctrl.control import Control
 from ctrl.device import full_precision
 from ctrl.errors import UserError
-from ctrl.io import write_json, write_text
+from ctrl.io import load_tensors, write_json, write_text
 from ctrl.labels import Continuous
 from ctrl.oracles import to_pil
 from ctrl.process import Process
@@ -129,6 +130,7 @@ def loading(described: dict, folder: str, fetched: str = "", options: str = "") 
 def write_adapter(control: Control, folder: Path, described: dict, prompt: str) -> None:
     """Writes weights, adapter.json, README.md with `prompt` as its example, and pipeline.py; for `described` see `control.describe`."""
     control.save(folder)
+    described = described | {"base_overlap": pipeline.overlap(control.base.network, load_tensors(folder / LORA_FILE))[0]}
     last, settings = described["last"], described["finetune"]
     if isinstance(space := control.space, Continuous):
         example = f"{(space.low + space.high) / 2:.4g}"

@@ -37,6 +37,7 @@ SCHEMA = {  # of adapter.json; what else it says is for people
         "base": NAME,
         "base_fingerprint": NAME,
         "base_fingerprint_bfloat16": NAME,
+        "base_overlap": NUMBER,
         "base_kind": NAME,
         "base_files": {"type": "object", "properties": BASE_FILES, "additionalProperties": False},
         "rank": {"type": "integer", "minimum": 1, "maximum": 10_000},

@@ -211,7 +211,7 @@ def check_kind(index: Path, key: str, name: str | Path) -> str:
             "its base: load it in plain diffusers as its card says; a base is the model that it was made of"
         )
     if str(kind) not in KINDS:
-        flow = "; docs/models.md says what stands in the way of a transformer" if "transformer" in content else ""
+        flow = "; docs/models.md says what stands in the way of Flux" if "Flux" in str(kind) else ""
         raise UserError(f"{key}: {name} holds a {kind}; a base is one of {', '.join(KINDS)}{flow}")
     return kind
 

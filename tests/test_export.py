@@ -88,7 +88,10 @@ def test_a_merged_adapter_is_refused_on_the_base_that_it_was_made_for(tiny_sd, a
         with pytest.raises(ValueError, match="merged into the weights in this folder, and this pipeline has others") as caught:
             pipe.load_control(merged)
         assert pipe.control is None and "\n" not in str(caught.value)
-        DiffusionPipeline.from_pretrained(merged, trust_remote_code=True, dtype=dtype).load_control(merged)
+        pipe = DiffusionPipeline.from_pretrained(merged, trust_remote_code=True, dtype=dtype)
+        with pytest.raises(ValueError, match="the LoRA is in this pipeline's weights already, and would count twice"):
+            pipe.load_control(adapter)
+        pipe.load_control(merged)
 
 
 @pytest.mark.parametrize("merge", [False, True])
