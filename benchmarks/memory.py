@@ -1,21 +1,23 @@
 """The largest micro-batch for a GPU of 12, 24, 40 or 80 GB, the largest batch of reconstruction guidance, and what an update takes beside
 the published step: computed by ctrl/activations.py and not measured on any such card.
 
-Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024, with `base: {dtype: bfloat16}`, prompt guidance, checkpointing by whole passes or by
-blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps, and beside them what the largest of the tasks in
-config/stable_diffusion takes: CLIP ViT-L/14 as a classifier, and once more as the probe's oracle. `--check` compares the formula with the
-growth of a process on this machine's CPU, for the networks of Stable Diffusion 1.5 in float32.
+Stable Diffusion 1.5 at 512x512, SDXL and Stable Diffusion 3.5 medium without T5 at 1024x1024, with `base: {dtype: bfloat16}`, prompt
+guidance, checkpointing by whole passes or by blocks, `speed: {decode_size: 1}`, the LoRA of config/config.yaml, 50 steps, and beside them
+what the largest of the tasks in config/stable_diffusion takes: CLIP ViT-L/14 as a classifier, and once more as the probe's oracle.
+`--check` compares the formula with the growth of a process on this machine's CPU, for the networks of Stable Diffusion 1.5 in float32.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 
@@ -32,43 +34,59 @@ KEPT = 6  # float32 tensors of a latent's shape that a step keeps: x_t, its nois
 CONFIG = read_yaml(DEFAULTS)
 BATCHES = [b for b in (1, 2, 4, 8, 16, 32, 64) if CONFIG["finetune"]["batch_size"] % b == 0]  # a micro-batch is a part of a batch
 LORA, PUBLISHED_LORA = CONFIG["finetune"]["lora"], CONFIG["adapters"][PUBLISHED]["lora"]
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 SDXL = {
     "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "transformer_layers_per_block": (1, 2, 10),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
-MODELS = {"Stable Diffusion 1.5": {"sample_size": 64, "cross_attention_dim": 768}, "SDXL": SDXL}
-TEXT_MILLIONS = {"Stable Diffusion 1.5": 123, "SDXL": 123 + 695}  # parameters of the text encoders
+SD35 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "num_attention_heads": 24,
+    "attention_head_dim": 64, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
+MODELS = {
+    "Stable Diffusion 1.5": {"sample_size": 64, "in_channels": 4, "cross_attention_dim": 768},
+    "SDXL": SDXL | {"in_channels": 4},
+    "Stable Diffusion 3.5 medium": SD35,
+}
+TEXT_MILLIONS = dict(zip(MODELS, (123, 123 + 695, 123 + 695), strict=True))  # parameters of the text encoders
 CHECKED = [("UNet", 32, 1), ("UNet", 32, 4), ("UNet", 64, 1), ("VAE", 32, 1)]  # network, size of the latents, images
 
 
-def unet_pass(
-    config: dict, device: str, dtype: torch.dtype, batch_size: int = 1, lora: dict = LORA
-) -> tuple[UNet2DConditionModel, int, object]:
-    """A UNet with LoRA, how many values are trained, and a function that makes one pass of it."""
+def network_pass(config: dict, device: str, dtype: torch.dtype, batch_size: int = 1, lora: dict = LORA) -> tuple[ModelMixin, int, object]:
+    """A network with LoRA, how many values are trained, and a function that makes one pass of it."""
+    flow = "joint_attention_dim" in config
     with torch.device(device):
-        unet = UNet2DConditionModel(**config).requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=lora["rank"], lora_alpha=lora["rank"], target_modules=lora["target_modules"]))
-        unet.to(dtype)
-        size = config["sample_size"]
-        x = torch.zeros(batch_size, 4, size, size, dtype=dtype).requires_grad_()
-        text = torch.zeros(batch_size, 77, config["cross_attention_dim"], dtype=dtype)
-        t = torch.ones(batch_size, dtype=torch.long)
-        more = {"text_embeds": torch.zeros(batch_size, 1280, dtype=dtype), "time_ids": torch.zeros(batch_size, 6, dtype=dtype)}
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    return unet, trained, lambda: unet(x, t, text, added_cond_kwargs=more if "addition_embed_type" in config else None).sample
+        network = (SD3Transformer2DModel if flow else UNet2DConditionModel)(**config).requires_grad_(False)
+        network.add_adapter(LoraConfig(r=lora["rank"], lora_alpha=lora["rank"], target_modules=lora["target_modules"]))
+        network.to(dtype)
+        zeros = partial(torch.zeros, batch_size, dtype=dtype)
+        x, t = zeros(*shape_of(config)).requires_grad_(), torch.ones(batch_size, dtype=torch.long)
+        if flow:
+            told = {"encoder_hidden_states": zeros(77 + 256, config["joint_attention_dim"]), "pooled_projections": zeros(2048)}
+        else:
+            told = {"encoder_hidden_states": zeros(77, config["cross_attention_dim"])}
+            told |= {"added_cond_kwargs": {"text_embeds": zeros(1280), "time_ids": zeros(6)}} if "addition_embed_type" in config else {}
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    return network, trained, lambda: network(x, timestep=t, **told).sample
 
 
-def decoding(size: int, device: str, dtype: torch.dtype) -> tuple[AutoencoderKL, object]:
-    """The VAE of these models, and a function that decodes a latent of `size`."""
+def shape_of(config: dict) -> tuple[int, int, int]:
+    """Of the latents, (C, h, w)."""
+    return config["in_channels"], config["sample_size"], config["sample_size"]
+
+
+def decoding(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple[AutoencoderKL, object]:
+    """The VAE of these models, and a function that decodes a latent of `shape`."""
     with torch.device(device):
         vae = AutoencoderKL(
-            **VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=8 * size
+            **VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=8 * shape[1],
+            latent_channels=shape[0],
         )  # fmt: skip
         vae.requires_grad_(False).to(dtype)
-        x_0 = torch.zeros(1, 4, size, size, dtype=dtype).requires_grad_()
+        x_0 = torch.zeros(1, *shape, dtype=dtype).requires_grad_()
     return vae, lambda: vae.decode(x_0).sample
 
 
@@ -84,30 +102,30 @@ def fixed_mb(name: str, trained: int, *networks: torch.nn.Module) -> float:
     return weights_mb(*networks) + TEXT_MILLIONS[name] * 1e6 * networks[0].dtype.itemsize / 2**20 + trained_mb(trained)
 
 
-def latents_mb(size: int) -> float:
+def latents_mb(shape: tuple[int, int, int]) -> float:
     """MB that a trajectory keeps besides its passes."""
-    return NUM_STEPS * KEPT * 4 * size * size * 4 / 2**20
+    return NUM_STEPS * KEPT * math.prod(shape) * 4 / 2**20
 
 
 def computed(name: str, config: dict) -> dict:
     """What each part takes, in MB, and the largest micro-batch of each card."""
-    size, (clip, image) = config["sample_size"], clip_mb()
-    (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.bfloat16), decoding(size, "meta", torch.bfloat16)
-    fixed = fixed_mb(name, trained, unet, vae)
-    unet_mb = {"whole passes": kept_mb(unet, run), "blocks": kept_by_blocks_mb(unet, run)}
+    shape, (clip, image) = shape_of(config), clip_mb()
+    (network, trained, run), (vae, decode) = network_pass(config, "meta", torch.bfloat16), decoding(shape, "meta", torch.bfloat16)
+    fixed = fixed_mb(name, trained, network, vae)
+    pass_mb = {"whole passes": kept_mb(network, run), "blocks": kept_by_blocks_mb(network, run)}
     decode_mb = {"whole passes": kept_mb(vae, decode), "blocks": kept_by_blocks_mb(vae, decode)}
     row = {
         "model": name,
         "weights_and_optimizer_mb": fixed,
-        "unet_pass_mb": unet_mb,
+        "pass_mb": pass_mb,
         "decode_mb": decode_mb,
-        "latents_mb": latents_mb(size),
+        "latents_mb": latents_mb(shape),
     }
     row |= {"clip_mb": clip, "clip_image_mb": image}
-    for how, kept in unet_mb.items():
+    for how, kept in pass_mb.items():
         needed = {b: training_mb(fixed + 2 * clip, kept, decode_mb[how] + image, row["latents_mb"], b, 2) for b in BATCHES}
         row[how] = fitting(needed, "micro_batch_size")
-    frozen, whole, decoded = fixed - trained_mb(trained), unet_mb["whole passes"], decode_mb["whole passes"]
+    frozen, whole, decoded = fixed - trained_mb(trained), pass_mb["whole passes"], decode_mb["whole passes"]
     needed = {b: guidance_mb(frozen + clip, whole, decoded + image, b, 2) for b in BATCHES}
     return row | {"reconstruction guidance": fitting(needed, "batch_size")}
 
@@ -127,15 +145,16 @@ def beside_published(batch_size: int) -> dict:
     That one has a second UNet, plain attention, whole passes that are made one after the other, and decodes all images at once.
     """
     name, found = "Stable Diffusion 1.5", {}
-    config, size = MODELS[name], MODELS[name]["sample_size"]
+    config, shape = MODELS[name], shape_of(MODELS[name])
     for dtype in (torch.float32, torch.bfloat16):
-        (unet, trained, run), (vae, decode) = unet_pass(config, "meta", dtype), decoding(size, "meta", dtype)
+        (unet, trained, run), (vae, decode) = network_pass(config, "meta", dtype), decoding(shape, "meta", dtype)
         fixed, kept = fixed_mb(name, trained, unet, vae), (kept_by_blocks_mb(unet, run), kept_by_blocks_mb(vae, decode))
-        found[f"ours, {str(dtype).removeprefix('torch.')} weights"] = training_mb(fixed, *kept, latents_mb(size), batch_size, 2)
-    (unet, trained, run), (vae, decode) = unet_pass(config, "meta", torch.float32, 1, PUBLISHED_LORA), decoding(size, "meta", torch.float32)
+        found[f"ours, {str(dtype).removeprefix('torch.')} weights"] = training_mb(fixed, *kept, latents_mb(shape), batch_size, 2)
+    unet, trained, run = network_pass(config, "meta", torch.float32, 1, PUBLISHED_LORA)
+    vae, decode = decoding(shape, "meta", torch.float32)
     fixed = fixed_mb(name, trained, unet, unet, vae)
     unet.set_attn_processor(AttnProcessor())
-    published = training_mb(fixed, kept_mb(unet, run), batch_size * kept_mb(vae, decode), latents_mb(size), batch_size, 1)
+    published = training_mb(fixed, kept_mb(unet, run), batch_size * kept_mb(vae, decode), latents_mb(shape), batch_size, 1)
     ratios = {f"{what}, ratio": mb / published for what, mb in found.items()}
     return {"model": name, "batch_size": batch_size, "memory_mb": found | {PUBLISHED: published}, "ratios": ratios}
 
@@ -143,8 +162,8 @@ def beside_published(batch_size: int) -> dict:
 def checked(what: str, size: int, images: int, device: str) -> tuple[torch.nn.Module, int, object]:
     """A network that is measured, how many values of it are trained, and a function that makes one pass of it."""
     if what == "UNet":
-        return unet_pass(MODELS["Stable Diffusion 1.5"] | {"sample_size": size}, device, torch.float32, images)
-    vae, decode = decoding(size, device, torch.float32)
+        return network_pass(MODELS["Stable Diffusion 1.5"] | {"sample_size": size}, device, torch.float32, images)
+    vae, decode = decoding((4, size, size), device, torch.float32)
     return vae, 0, decode
 
 
