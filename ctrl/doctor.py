@@ -102,7 +102,7 @@ def gradient_report(found: Mapping[str, Tensor], labels: Tensor, names: Mapping[
 
 def gradient_findings(found: Mapping[str, Tensor], labels: Tensor, names: Mapping[int, str], timesteps: Sequence[int]) -> list[Finding]:
     """A line for each gradient that is zero in every trajectory, or not finite in one; labels with the same trouble share a line."""
-    steps, troubles = [f"t = {t}" for t in timesteps], {}
+    steps, troubles = [f"t = {t:g}" for t in timesteps], {}
     places = {"x_0": ["x_0"], "look_ahead": [f"x̂_0 of {s}" for s in steps], "adjoint": steps}
     for y in labels.unique().tolist():
         where = {"a gradient that is not finite": [], "no gradient": []}

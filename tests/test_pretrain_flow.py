@@ -53,7 +53,7 @@ def test_the_script_makes_a_base_and_resumes(tmp_path):
     def start(name: str) -> subprocess.Popen:
         words = ["--config", tmp_path / "config.yaml", "--images", images, "--split", "t10k"]
         words += ["--output", tmp_path / name, "--checkpoints", tmp_path / f"{name}-checkpoints"]
-        command = warm_python.command("scripts/pretrain_flow.py", *map(str, words))
+        command = warm_python.command("scripts/pretrain.py", *map(str, words))
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
     assert start("whole").wait() == 0

@@ -61,8 +61,7 @@ GUIDANCE = [*GUIDES, "ctrl/noisy.py", *CLASSIFIER]
 DATA, EVALUATION = lib("data columns pictures"), [*lib("evaluation targets metrics features brisque labels pictures"), *ORACLES]
 CODE = {
     "check_base": ["scripts/check_base.py", *lib("base_files features clip")],
-    "pretrain": ["scripts/pretrain.py", *lib("pretrain garments pictures dct")],
-    "pretrain_flow": ["scripts/pretrain_flow.py", *lib("pretrain_flow pretrain base base_files flow process garments pictures dct")],
+    "pretrain": ["scripts/pretrain.py", *lib("pretrain pretrain_flow base base_files flow process garments pictures dct")],
     "train_garments": ["scripts/train_garments.py", *lib("features clip garments pictures")],
     "unpack_images": ["scripts/unpack_images.py", *lib("garments pictures")],
     "build_dataset": ["scripts/build_dataset.py", *DATA, *lib("judge_fit classifier_fit metrics figures/histogram"), *CLASSIFIER],

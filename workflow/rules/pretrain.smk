@@ -39,7 +39,7 @@ rule pretrain:
 rule pretrain_flow:
     """A Stable Diffusion 3 in miniature, on the VAE and the text encoder of the embedded base."""
     input:
-        code=CODE["pretrain_flow"],
+        code=CODE["pretrain"],
         config="config/pretrain_flow.yaml",
         base=files_of("resources/mini-sd"),
     output:
@@ -57,7 +57,7 @@ rule pretrain_flow:
         checkpoints="results/pretrain/checkpoints-sd3",
     shell:
         """
-        python scripts/pretrain_flow.py \
+        python scripts/pretrain.py \
             --config {input.config:q} \
             --output {params.output:q} \
             --checkpoints {params.checkpoints:q} \
