@@ -31,7 +31,7 @@ def gradients(found: Mapping) -> str:
         lines.append(f"\nlabel {row['name']} (n = {row['n']})\n  {'x_0':>8}  {points(row['x_0'][0])}")
         lines.append(f"  {'t':>8}  {'look-ahead':28}{'carried back'}")
         for t, ahead, adjoint in zip(found["timesteps"], row["look_ahead"], row["adjoint"], strict=True):
-            lines.append(f"  {t:>8}  {points(ahead):28}{points(adjoint)}")
+            lines.append(f"  {t:>8g}  {points(ahead):28}{points(adjoint)}")
     return "\n".join(lines)
 
 
