@@ -34,7 +34,7 @@ pipe.load_control(folder)
 images = {call}
 ```"""
 MERGED = """
-The LoRA is part of the UNet's weights here, so that `label` costs nothing. The LoRA's file takes it out again for `label=None`, for other
+The LoRA is part of the network's weights here, so that `label` costs nothing. The LoRA's file takes it out again for `label=None`, for other
 strengths, and below the timestep where the pretrained model finishes alone: to within rounding. It is not to be loaded on top. These
 weights contain those of the base, whose licence applies to them.
 """
@@ -67,7 +67,7 @@ def export(adapter: Path, output: Path, repository: str, base: Base | None = Non
 
 
 def merge(base: Base, adapter: Path, folder: Path) -> float:
-    """Writes the whole pipeline into `folder`, with the adapter's LoRA in the UNet's weights; plain diffusers finds its class there.
+    """Writes the whole pipeline into `folder`, with the adapter's LoRA in the network's weights; plain diffusers finds its class there.
 
     Returns the LoRA's overlap with the base's own weights, by which the pipeline tells them from the merged ones.
     """
