@@ -15,17 +15,21 @@ def load(base: str | Path, adapter: str | Path, device: str = "cpu", dtype="floa
     """
     import torch
 
-    from ctrl.adapter_files import check_adapter
+    from ctrl.adapter_files import check_adapter, read_described
     from ctrl.base import Base
     from ctrl.base_files import FLOW, find, load_pipeline
     from ctrl.errors import UserError
     from ctrl.flow import FlowMatching
+    from ctrl.folders import check_links
     from ctrl.hub import find_adapter
     from ctrl.pipeline import with_labels
 
     if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}")
-    source, folder = find(base, **where), find_adapter(adapter, adapter_revision)
+    folder = find_adapter(adapter, adapter_revision)
+    check_links(folder)
+    made_for = read_described(folder).get("base_files", {})
+    source = find(base, **{key: value for key, value in made_for.items() if key == "t5"} | where)
     plain = load_pipeline(source, getattr(torch, name)).to(device)
     check_adapter(Base(plain, source), folder)
     return with_labels(plain, *[FlowMatching] * (source.kind in FLOW)).load_control(folder)

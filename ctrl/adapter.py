@@ -42,7 +42,7 @@ images = pipe([{prompt_code}], label={example}, strength=1.0, seed=0).images
 ```
 
 `label=None` is the pretrained model; `strength` goes from 0 (pretrained) over 1 (trained) to more. The LoRA alone loads with
-`load_lora_weights` in any Stable Diffusion pipeline.
+`load_lora_weights` in a `{base_kind}` of diffusers.
 
 ## Training
 {updates} updates of {batch_size} images in {train_seconds:.0f} s ({device}){outcome}.
@@ -72,6 +72,10 @@ TAGS = {  # by which the hub knows an adapter for a base of a kind
     "StableDiffusion3Pipeline": "sd3",
 }
 UNCHECKED = ", safety_checker=None, feature_extractor=None"  # as in training: these are not fetched with a base
+
+# Diffusers runs the pipeline.py of every adapter in one and the same module, where it looks for a single pipeline.
+ALONE = """for _name in [name for name in globals() if name.startswith("LabelStable")]:
+    del globals()[_name]"""
 
 # What a user would write, in a process that has never heard of this package.
 PLAIN_DIFFUSERS = """
@@ -113,14 +117,18 @@ def head(described: dict) -> str:
     return f"---\n{base}library_name: diffusers\ntags: [{tag}, {tag}-diffusers, text-to-image, diffusers, lora, ctrl]\n---"
 
 
+def without_t5(described: dict) -> str:
+    """The keywords by which diffusers does without T5, if the adapter was made so."""
+    return "" if described.get("base_files", {}).get("t5", True) else "".join(f", {name}=None" for name in T5)
+
+
 def loading(described: dict, folder: str, fetched: str = "", options: str = "") -> str:
     """Python that loads the base that adapter.json describes as `pipe`, by plain diffusers, with the pipeline in `folder`.
 
     That is an expression, whose value `fetched` may bring. The base is the very one that the adapter was made for: same commit, same files.
     """
-    files = dict(described.get("base_files", {}))
-    without = "" if files.pop("t5", True) else "".join(f", {name}=None" for name in T5)
-    how = "".join(f", {key}={literal(value)}" for key, value in files.items()) + without
+    files = {key: value for key, value in described.get("base_files", {}).items() if key != "t5"}
+    how = "".join(f", {key}={literal(value)}" for key, value in files.items()) + without_t5(described)
     single, kind = is_single_file(described), described["base_kind"]
     unchecked = UNCHECKED if kind == "StableDiffusionPipeline" and not single else ""
     code = FROM_SINGLE_FILE if single else FROM_PRETRAINED
@@ -169,7 +177,7 @@ def write_adapter(control: Control, folder: Path, described: dict, prompt: str) 
 def pipeline_code(kind: str) -> str:
     """What plain diffusers runs: ctrl/pipeline.py, ctrl/flow.py where it takes that, and the one class for a base of this kind."""
     modules, laid_over = ([pipeline, flow], f"{kind}, FlowMatching") if kind in FLOW else ([pipeline], kind)
-    code = "\n\n".join(Path(module.__file__).read_text() for module in modules)
+    code = "\n\n".join([*(Path(module.__file__).read_text() for module in modules), ALONE])
     return f"{code}\n\nfrom diffusers import {kind}  # noqa: E402 (the kind of the adapter's base)\n\nLabel{kind} = labelled({laid_over})\n"
 
 

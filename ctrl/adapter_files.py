@@ -138,8 +138,9 @@ def check_adapter(base: Base, folder: Path) -> tuple[dict, dict[str, Tensor], di
             f"{folder}: the adapter was made for the base {described['base']} (fingerprint {described[key]}), "
             f"not for this one ({found}); load it on that base, or train a new one"
         )
-    if base.source.t5 and "t5" in described.get("base_files", {}):
-        raise UserError(f"{folder}: the adapter was made for its base without T5: load that with t5=False (base.t5 in a configuration)")
+    if base.source.t5 != (made_with := described.get("base_files", {}).get("t5", True)):
+        how = "with T5: load that with t5=True" if made_with else "without T5: load that with t5=False"
+        raise UserError(f"{folder}: the adapter was made for its base {how} (base.t5 in a configuration)")
     space, rank, targets = space_of_adapter(described), described["rank"], described["target_modules"]
     lora, embedding = load_tensors(folder / LORA_FILE), load_tensors(folder / EMBEDDING_FILE)
     check_tensors(folder / LORA_FILE, lora, lora_shapes(base, rank, targets), str(path))

@@ -124,7 +124,7 @@ class Base:
             timesteps = quadratic_timesteps(num_steps, num_train).float() + 1
         a, norm = scales(timesteps.double() / num_train)
         abar = (a / norm).square()
-        return Process(timesteps, abar, torch.cat([abar[1:], abar.new_ones(1)]), eta)
+        return Process(timesteps, abar, torch.cat([abar[1:], abar.new_ones(1)]), eta, flow=True)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str | None]) -> Condition:
@@ -154,11 +154,11 @@ class Base:
     def eps(self, x_t: Tensor, t: Tensor, condition: Condition, class_labels: Tensor | None = None) -> Tensor:
         """One pass of the network: the predicted noise with shape (B, C, h, w), whatever it predicts: eps, v, or a flow's velocity."""
         self.passes.forward += len(x_t)
-        scheduler, x = self.pipe.scheduler, x_t
+        scheduler, x, labels = self.pipe.scheduler, x_t, {"class_labels": class_labels}
         if self.flow:
             s = (t.to(x_t) / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
-            x = scales(s)[1] * x_t
-        out = self.network(x.to(self.dtype), timestep=t, **condition, class_labels=class_labels, return_dict=False)[0].to(x_t.dtype)
+            x, self.network.class_labels, labels = scales(s)[1] * x_t, class_labels, {}
+        out = self.network(x.to(self.dtype), timestep=t, **condition, **labels, return_dict=False)[0].to(x_t.dtype)
         if out.requires_grad:
             out.register_hook(self._count_backward)
         if self.flow:

@@ -86,12 +86,14 @@ def find(
     A diffusers folder; a name on the hub (`revision`: a commit, a tag or a branch), fetched into the hub's cache unless it is there; or
     one .safetensors file of weights, whose configuration and tokenizers are those of `config`, a folder or a name on the hub (None: of the
     public model that its layers are those of), at `revision`. `variant` takes a folder's files of that name: fp16. Without `t5`, SD3's
-    third text encoder is neither fetched nor loaded, as diffusers can do without it. Raises UserError.
+    third text encoder is neither fetched nor loaded, as diffusers can do without it, and as where a folder has none. Raises UserError.
     """
     name, config = expanded(path), config and expanded(config)
     if Path(name).suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"base.path: {name} is a pickle, which may carry code: take the model's .safetensors file")
     if Path(name).suffix == ".safetensors":
+        if not t5:
+            raise UserError(f"base.t5 is false, but base.path, {name}, is one file: leave it out")
         return find_file(Path(name), revision, variant, config)
     if config:
         raise UserError(f"base.config is {config}, but base.path, {name}, is not one .safetensors file: leave base.config out")
@@ -99,9 +101,7 @@ def find(
     kind, index = check_folder(folder), read_mapping(folder / INDEX)
     if not t5 and T5[0] not in index:
         raise UserError(f"base.t5 is false, but {name} is a {kind}, which has none: leave it out")
-    if t5 and index.get(T5[0]) == [None, None]:
-        raise UserError(f"base.path: {name} comes without its third text encoder: set base.t5 to false")
-    return Source(name, folder, kind, None, variant, commit, None, t5)
+    return Source(name, folder, kind, None, variant, commit, None, t5 and index.get(T5[0]) != [None, None])
 
 
 def expanded(path: str | Path) -> str:
@@ -132,7 +132,7 @@ def find_file(file: Path, revision: str | None, variant: str | None, config: str
     if UNET_LAYER not in layers:
         raise UserError(
             f"base.path: {file} does not hold the UNet of a Stable Diffusion under the original names of its layers ({UNET_LAYER}): "
-            "give the whole model, SD 1.x, 2.x or XL; it may be a LoRA, a part of a model, or of another kind"
+            "give the whole model, SD 1.x, 2.x or XL, or of SD 3.x the folder; it may be a LoRA, a part of a model, or of another kind"
         )
     of_layers = fetch_diffusers_config(layers)["pretrained_model_name_or_path"]
     if not config and of_layers == SD2:
@@ -193,7 +193,7 @@ def check_configuration(folder: Path, key: str, name: str | Path) -> str:
                 raise UserError(f"{key}: {words} lacks its vocabulary, vocab.json and merges.txt: fetch the model again")
         network, vae = (read_mapping(folder / part / "config.json") for part in (part_of(kind), "vae"))
         scheduler = read_mapping(folder / "scheduler" / "scheduler_config.json")
-        wrong = (unfit_flow(scheduler) if kind in FLOW else unfit(network, scheduler)) or unfit_sizes(network, vae)
+        wrong = (unfit_flow(scheduler, vae) if kind in FLOW else unfit(network, scheduler)) or unfit_sizes(network, vae)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}; {AGAIN}") from error
     if wrong:
@@ -238,13 +238,15 @@ def unfit(unet: Mapping, scheduler: Mapping) -> str | None:
     return None
 
 
-def unfit_flow(scheduler: Mapping) -> str | None:
+def unfit_flow(scheduler: Mapping, vae: Mapping) -> str | None:
     """The same of a transformer of flow matching."""
     if (name := scheduler.get("_class_name")) != "FlowMatchEulerDiscreteScheduler":
         return f"its scheduler is {name}, and the noise levels of a flow that are known are those of FlowMatchEulerDiscreteScheduler"
     for key in ("use_dynamic_shifting", "invert_sigmas"):
         if scheduler.get(key):
             return f"its scheduler's {key} is not known here"
+    if not isinstance(vae.get("shift_factor"), int | float):
+        return "its VAE does not say what to add to its latents (shift_factor), and diffusers cannot draw with it; 0.0 would be nothing"
     return None
 
 

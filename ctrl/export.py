@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ctrl import control as controls
-from ctrl.adapter import head, literal, loading, pipeline_code
+from ctrl.adapter import head, literal, loading, pipeline_code, without_t5
 from ctrl.adapter_files import EMBEDDING_FILE, LORA_FILE, read_described
 from ctrl.base import Base
 from ctrl.base_files import KINDS
@@ -27,15 +27,15 @@ from huggingface_hub import snapshot_download
 folder = snapshot_download({repository})"""
 FROM_MERGED = """from diffusers import DiffusionPipeline{fetched}
 
-pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)"""
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True{how})"""
 USAGE = """```python
 {loading}
 pipe.load_control(folder)
 images = {call}
 ```"""
 MERGED = """
-The LoRA is part of the network's weights here, so that `label` costs nothing. The LoRA's file takes it out again for `label=None`, for other
-strengths, and below the timestep where the pretrained model finishes alone: to within rounding. It is not to be loaded on top. These
+The LoRA is part of the network's weights here, so that `label` costs nothing. The LoRA's file takes it out again for `label=None`, for
+other strengths, and below the timestep where the pretrained model finishes alone: to within rounding. It is not to be loaded on top. These
 weights contain those of the base, whose licence applies to them.
 """
 
@@ -105,11 +105,11 @@ def card_of(card: str, described: dict, repository: str, shown: str) -> str:
         raise UserError("the adapter's README.md is not the card that the training wrote: write it again, or take the adapter anew")
     merged = described.get("merged", False)
     fetched = FETCHED.format(repository=literal(repository))
-    code = FROM_MERGED.format(fetched=fetched) if merged else loading(described, "folder", fetched)
+    code = FROM_MERGED.format(fetched=fetched, how=without_t5(described)) if merged else loading(described, "folder", fetched)
     usage = USAGE.format(loading=code, call=call[1])
     card = re.sub(r"\A---\n.*?\n---$", lambda _: head(described), card, count=1, flags=re.DOTALL | re.MULTILINE)
     card = re.sub(r"```python\n.*?\n```", lambda _: usage + ("\n" + MERGED.rstrip() if merged else ""), card, count=1, flags=re.DOTALL)
     if merged:
-        card = re.sub(r"The LoRA alone loads with\n`load_lora_weights` in any Stable Diffusion pipeline\.\n", "", card)
+        card = re.sub(r"The LoRA alone loads with\n`load_lora_weights` in .*\.\n", "", card)
     before, after = card.split("\n## Training\n", 1)
     return f"{before}\n{shown}\n## Training\n{after}" if shown else card

@@ -8,6 +8,10 @@ to be a Gaussian given x_0 there as well.
 Plain diffusers runs this file with an adapter, behind pipeline.py.
 """
 
+import json
+import warnings
+from pathlib import Path
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
@@ -28,10 +32,12 @@ def noise_in(x_s, v, s):
 
 
 def open_slot(transformer):
-    """Gives `transformer` a UNet's slot: its `class_embedding` of the keyword `class_labels` is added to the embedding of the time."""
+    """Gives `transformer` a UNet's slot: its `class_embedding` of what its `class_labels` are is added to the embedding of the time.
+
+    Its forward is left alone, since whatever moves weights to and fro (accelerate) puts it back as it was.
+    """
     if hasattr(transformer, "class_embedding"):
         return
-    forward = transformer.forward
     transformer.class_embedding = transformer.class_labels = None
 
     def add_label(module, inputs, embedded):
@@ -39,12 +45,7 @@ def open_slot(transformer):
             return embedded
         return embedded + transformer.class_embedding(transformer.class_labels).to(embedded.dtype)
 
-    def with_labels(*args, class_labels=None, **kwargs):
-        transformer.class_labels = class_labels
-        return forward(*args, **kwargs)
-
     transformer.time_text_embed.register_forward_hook(add_label)
-    transformer.forward = with_labels
 
 
 class MemorylessScheduler(FlowMatchEulerDiscreteScheduler):
@@ -54,7 +55,9 @@ class MemorylessScheduler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, **kwargs):
         """`sigmas` are taken as they are: diffusers would shift them once more."""
-        super().set_timesteps(num_inference_steps, device, sigmas, **kwargs)
+        if sigmas is not None:
+            sigmas = [float(s) for s in sigmas if s > 0]  # to no noise the last step goes in any case
+        super().set_timesteps(None if sigmas else num_inference_steps, device, sigmas, **kwargs)
         if sigmas is not None:
             self.timesteps = torch.tensor([s * self.config.num_train_timesteps for s in sigmas], dtype=torch.float32, device=device)
         levels = self.timesteps.cpu().double() / self.config.num_train_timesteps
@@ -82,7 +85,15 @@ class FlowMatching:
 
     def load_control(self, folder):
         open_slot(self.transformer)
+        without = json.loads((Path(folder) / "adapter.json").read_text()).get("base_files", {}).get("t5") is False
+        if without != (self.text_encoder_3 is None):
+            how = "with text_encoder_3=None, tokenizer_3=None" if without else "with its third text encoder"
+            raise ValueError(f"{folder}: the adapter was made for its base {'without' if without else 'with'} T5: load the base {how}")
         return super().load_control(folder)
+
+    def labelled_by(self, labels):
+        self.transformer.class_labels = labels
+        return {}
 
     def scheduler_of(self, sampler):
         return MemorylessScheduler.from_config(self.scheduler.config)
@@ -90,8 +101,11 @@ class FlowMatching:
     def sampler_settings(self, given):
         settings = super().sampler_settings(given)
         self.scheduler.eta, self.scheduler.generator = settings.pop("eta"), settings.get("generator")
-        if "num_inference_steps" not in given or given["num_inference_steps"] in (None, self.control["sampler"]["num_steps"]):
-            settings.pop("num_inference_steps", None)
-            settings.pop("timesteps", None)
+        if given.get("sigmas") is not None:
+            warnings.warn("the images are of another law than the adapter was trained for: sigmas are given", stacklevel=3)
+        elif given.get("num_inference_steps") in (None, self.control["sampler"]["num_steps"]):
             settings["sigmas"] = [t / self.scheduler.config.num_train_timesteps for t in self.control["sampler"]["timesteps"]]
+        settings.pop("timesteps", None)  # of a quadratic spacing, which are these sigmas
+        if given.get("timesteps") is not None:
+            raise ValueError("timesteps are given: of a flow give sigmas, timesteps / 1000")
         return settings

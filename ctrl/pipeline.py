@@ -45,7 +45,8 @@ def check_distinct(weight, control, folder):
 
 
 def overlap(network, lora):
-    """The inner product of the network's weights with what the LoRA adds to them, and the latter's squared norm.
+    """The inner product of the network's weights with what the LoRA adds to them, and the latter's squared norm; zeros where they do not
+    compare: weights that are quantised, or not in memory, or of another network.
 
     Merging the LoRA raises the first by the second: so that one tells merged weights from the base's, whatever they were rounded to.
     """
@@ -53,7 +54,10 @@ def overlap(network, lora):
     for key in [key for key in lora if key.endswith(".lora_A.weight")]:
         layer = network.get_submodule(key.removesuffix(".lora_A.weight").partition(".")[2])
         added = lora[key.replace(".lora_A.", ".lora_B.")].float().flatten(1) @ lora[key].float().flatten(1)
-        inner += (layer.weight.detach().float().cpu().flatten(1) * added).sum().item()
+        weight = layer.weight.detach().flatten(1)
+        if not weight.is_floating_point() or weight.is_meta or weight.shape != added.shape:
+            return 0.0, 0.0
+        inner += (weight.float().cpu() * added).sum().item()
         square += added.square().sum().item()
     return inner, square
 
@@ -146,6 +150,10 @@ class LabelControl:
         spaced = {"clip_sample": False, "thresholding": False} | ({"variance_type": "fixed_small"} if quadratic else {})
         return (DDPMScheduler if quadratic else DDIMScheduler).from_config(self.scheduler.config, **spaced)
 
+    def labelled_by(self, labels):
+        """The keywords that tell the network the labels of its next pass."""
+        return {"class_labels": labels}
+
     def check_labels(self, label, num_prompts):
         """`label` as rows of the embedding, (num_prompts, factors), or numbers, NaN for none. ValueError where it is wrong.
 
@@ -225,7 +233,7 @@ class LabelControl:
 
             def eps_of(y, enabled):
                 network.enable_adapters() if enabled else network.disable_adapters()
-                return forward(sample, timestep=timestep, class_labels=y, return_dict=False, **kwargs)[0]
+                return forward(sample, timestep=timestep, **self.labelled_by(y), return_dict=False, **kwargs)[0]
 
             active = timestep.max() >= self.control["min_timestep"] and s.any()
             if active and (s == 1).all():

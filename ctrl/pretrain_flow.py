@@ -46,6 +46,7 @@ def with_projection(encoder: nn.Module) -> CLIPTextModelWithProjection:
 def build_pipeline(base: Base, config: dict) -> StableDiffusion3Pipeline:
     """An untrained Stable Diffusion 3 with the VAE of `base`, and twice its text encoder; T5 it does without."""
     encoder, size = base.pipe.text_encoder, base.latent_shape[-1]
+    base.pipe.vae.register_to_config(shift_factor=0.0)  # which diffusers adds without asking whether there is one
     transformer = build_transformer(config["transformer"], encoder.config.hidden_size, base.latent_shape[0], size)
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=config["scheduler"]["shift"]), vae=base.pipe.vae,

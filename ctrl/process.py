@@ -13,6 +13,7 @@ A denoiser is any function `(x_t, i) -> eps` with `x_t` and `eps` of shape (B, *
 `supervised` also takes an index for each image, an integer tensor with shape (B,).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PURE = 1e-5  # ᾱ below which nothing is left
 Denoiser = Callable[[Tensor, int], Tensor]
 Pair = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # what psi and pre say of the same x_t, in one batch
 
@@ -44,12 +46,13 @@ def quadratic_timesteps(num_steps: int, num_train: int = 1000) -> Tensor:
 
 @dataclass(frozen=True)
 class Process:
-    """The noise levels of the steps: `timesteps`, `abar_t`, `abar_s`, each with shape (N,), and `eta`."""
+    """The noise levels of the steps: `timesteps`, `abar_t`, `abar_s`, each with shape (N,), and `eta`; `flow`: see `loss_weight`."""
 
     timesteps: Tensor
     abar_t: Tensor
     abar_s: Tensor
     eta: float = 1.0
+    flow: bool = False
 
     @classmethod
     def from_alphas(
@@ -74,7 +77,7 @@ class Process:
     @property
     def lowest_noisy_timestep(self) -> float:
         """Of the last step that adds noise: below it there is no density, and nothing that a KL could weigh."""
-        return min(t.item() for i, t in enumerate(self.timesteps) if self.sigma(i) > 0)
+        return min((t.item() for i, t in enumerate(self.timesteps) if self.sigma(i) > 0), default=math.inf)
 
     def coarse(self, stride: int, active: Sequence[bool]) -> "Process":
         """The same way down in longer steps: every `stride`-th of the `active` steps, and each of the others.
@@ -84,7 +87,7 @@ class Process:
         acts = [i for i in range(self.num_steps) if active[i]][::stride]
         kept = [i for i in range(self.num_steps) if i in acts or not active[i]]
         abar_t = self.abar_t[kept]
-        return Process(self.timesteps[kept], abar_t, torch.cat([abar_t[1:], self.abar_s[-1:]]), self.eta)
+        return Process(self.timesteps[kept], abar_t, torch.cat([abar_t[1:], self.abar_s[-1:]]), self.eta, self.flow)
 
     def sigma(self, i: int) -> float:
         """Standard deviation of step `i`."""
@@ -94,6 +97,17 @@ class Process:
     def stays(self, i: int) -> bool:
         """Whether step `i` ends at the noise level where it begins, as the last one does of some schedulers: then it moves nothing."""
         return bool(self.abar_t[i] == self.abar_s[i])
+
+    def pure_noise(self, i: int) -> bool:
+        """Whether nothing is left of x_0 at step `i`, as where a flow begins: x_t tells nothing of a label, and guidance by it is 0."""
+        return self.abar_t[i].item() < PURE
+
+    def loss_weight(self, i: Tensor, x_t: Tensor) -> Tensor | float:
+        """Of (eps_psi − eps)² in the loss that the model was trained on: 1, or of a flow what makes it the velocity's error."""
+        if not self.flow:
+            return 1.0
+        alpha, sd = self.scales(i, x_t)
+        return ((alpha + sd) / alpha).square()  # eps − eps' = (1 − s) (v − v'), where alpha and sd are in the ratio of 1 − s and s
 
     def eps_coefficient(self, i: int) -> float:
         """d mu / d eps of step `i`, a scalar: mu = sqrt(ᾱ_s / ᾱ_t) x_t + eps_coefficient · eps. It is negative."""

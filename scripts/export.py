@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ctrl import base as bases
 from ctrl import errors
+from ctrl.adapter_files import read_described
 from ctrl.export import export
 from ctrl.hub import check_repository
-from ctrl.io import read_json
 
 
 def main() -> None:
@@ -27,10 +27,11 @@ def main() -> None:
     check_repository(args.repository)
     base = None
     if args.merge:
-        described = read_json(args.adapter / "adapter.json")
+        described = read_described(args.adapter)
         if not args.base and not {"base", "base_files"} <= set(described):
             raise errors.UserError(f"{args.adapter / 'adapter.json'} does not say which base it is for: name it by --base")
-        found = {} if args.base else described["base_files"]
+        found = described.get("base_files", {})
+        found = {key: found[key] for key in found if key == "t5" or not args.base}
         if args.revision:
             found = found | {"revision": args.revision}
         base = bases.load(args.base or described["base"], dtype=args.dtype, **found)

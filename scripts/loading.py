@@ -102,7 +102,9 @@ def reward_of_latents(
 def new_control(base: Base, process: Process, space: Factors | Continuous, config: dict) -> Control:
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]
-    min_timestep = max(settings["min_timestep"], process.lowest_noisy_timestep)
+    if (lowest := process.lowest_noisy_timestep) == math.inf:
+        raise UserError(f"sampler.num_steps is {process.num_steps}: no step adds noise, and no label could act; take more")
+    min_timestep = max(settings["min_timestep"], lowest)
     control = Control(base, space, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
     prepare(control, settings)
     return control

@@ -263,7 +263,7 @@ UNFIT_FLOW = {
     "steps by the size": (edit_json(SCHEDULER, use_dynamic_shifting=True), "use_dynamic_shifting is not known"),
     "inpainting": (edit_json("transformer/config.json", in_channels=9), "9 channels .* 4: .*inpainting"),
     "no words": (lambda f: (f / "tokenizer_3/tokenizer.json").unlink(), "tokenizer_3 lacks its vocabulary"),
-    "no T5": (edit_json("model_index.json", text_encoder_3=[None, None]), "comes without its third text encoder: set base.t5 to false"),
+    "no shift": (edit_json("vae/config.json", shift_factor=None), "what to add to its latents .shift_factor."),
 }
 
 
@@ -285,7 +285,10 @@ def test_stable_diffusion_3_can_do_without_t5(tiny_sd, tmp_path, hub):
     text = base.encode(["coat"])["encoder_hidden_states"]
     assert text.shape[1] == bases.load(whole).encode(["coat"])["encoder_hidden_states"].shape[1] and not text[:, -256:].any()
     base.pipe.save_pretrained(tmp_path / "without")
-    assert bases.load(tmp_path / "without", t5=False).fingerprint() == base.fingerprint()
+    for given in ({}, {"t5": False}):
+        again = bases.load(tmp_path / "without", **given)
+        assert again.fingerprint() == base.fingerprint() and again.source.how == {"t5": False}
+    refused("^base.t5 is false, but .* is one file", one_file(tiny_sd, tmp_path / "one.safetensors"), config=str(tiny_sd), t5=False)
     refused("^base.t5 is false, but .* is a StableDiffusionPipeline, which has none", tiny_sd, t5=False)
 
 

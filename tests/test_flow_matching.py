@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from ctrl import base as bases
+from ctrl.finetune.supervised import supervised
 from ctrl.flow import FIRST, MemorylessScheduler, noise_in, open_slot, scales
+from ctrl.guidance.classifier import classifier_guidance
+from ctrl.guidance.reconstruction import reconstruction_guidance
 from ctrl.process import Process
 from tests import kinds
 
@@ -100,6 +103,8 @@ def test_given_noise_levels_are_taken_as_they_are():
     scheduler = MemorylessScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[0.9, 0.5])
     assert scheduler.timesteps.tolist() == [900, 500] and scheduler.sigmas.tolist() == pytest.approx([0.9, 0.5, 0])
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.0])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.9, 0.5, 0]), "as diffusers' Euler takes them"
     scheduler.set_timesteps(2)
     assert scheduler.timesteps[0] == 1000 and 8 < scheduler.timesteps[1] < 10, "diffusers' own, shifted"
 
@@ -119,6 +124,7 @@ def test_a_slot_that_nobody_uses_changes_nothing(tmp_path):
     seen = []
     transformer.transformer_blocks[0].register_forward_pre_hook(lambda m, a, k: seen.append(k["temb"]), with_kwargs=True)
     open_slot(transformer)  # a second time, as a base and a pipeline both do
+    assert transformer.forward.__func__ is type(transformer).forward, "what moves weights to and fro puts it back"
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 5, 32),
         "pooled_projections": torch.randn(2, 24), "timestep": torch.tensor([900.0, 900.0]),
@@ -127,8 +133,46 @@ def test_a_slot_that_nobody_uses_changes_nothing(tmp_path):
         plain = transformer(**inputs).sample
         transformer.class_embedding = torch.nn.Embedding(2, transformer.inner_dim)
         torch.nn.init.zeros_(transformer.class_embedding.weight)
-        assert torch.equal(transformer(**inputs, class_labels=torch.tensor([0, 1])).sample, plain)
+        transformer.class_labels = torch.tensor([0, 1])
+        assert torch.equal(transformer(**inputs).sample, plain)
         transformer.class_embedding.weight[1] = 3.0
-        labelled = transformer(**inputs, class_labels=torch.tensor([0, 1])).sample
+        labelled = transformer(**inputs).sample
     assert torch.equal(labelled[0], plain[0]) and not torch.allclose(labelled[1], plain[1])
     torch.testing.assert_close(seen[2] - seen[0], torch.tensor([0.0, 3.0])[:, None].expand_as(seen[0]))
+
+
+def test_pure_noise_takes_no_guidance():
+    """There a fitted classifier's gradient is what is left of its fit, and d mu / d eps is large."""
+    sigmas = torch.tensor([1.0, 0.8, 0.3], dtype=torch.float64)
+    process, x = process_of(sigmas), torch.randn(2, 3)
+    assert [process.pure_noise(i) for i in range(3)] == [True, False, False]
+    plain, eps = torch.zeros(2, 3), []
+
+    def denoiser(x_t, i):
+        return 0 * x_t
+
+    for guide in (
+        classifier_guidance(denoiser, process, lambda x, i: x.sum(1), 1.0),
+        reconstruction_guidance(denoiser, process, lambda x_0: x_0.sum(1) - 5, 1.0, "constant"),
+        reconstruction_guidance(denoiser, process, lambda x_0: x_0.sum(1) - 5, 1.0),
+    ):
+        eps = [guide(x, i) for i in range(3)]
+        assert torch.equal(eps[0], plain) and not torch.equal(eps[1], plain)
+
+
+def test_a_flow_learns_the_velocity_from_labelled_images():
+    """The loss of an estimate of eps is the error of the velocity that it stands for; of a diffusion, that of eps."""
+    sigmas, losses = torch.tensor([1.0, 0.8, 0.3], dtype=torch.float64), {}
+    process = process_of(sigmas)
+    flow = Process(process.timesteps, process.abar_t, process.abar_s, flow=True)
+    x_0, shift = torch.randn(64, 1, 2, 2), torch.tensor(0.5, requires_grad=True)
+    for name, each in (("flow", flow), ("diffusion", process)):
+
+        def psi(x_t, i):
+            s = sigmas[i].view(-1, 1, 1, 1)
+            x_s, (a, _) = scales(s)[1] * x_t, scales(s)
+            noise = (x_s - a * x_0) / s
+            return noise_in(x_s, noise - x_0 + shift, s).float()  # a velocity that is wrong by `shift`
+
+        losses[name] = supervised(each, psi, x_0, torch.Generator().manual_seed(0), 1 / x_0.numel())["loss"].item()
+    assert losses["flow"] == pytest.approx(0.25, rel=0.02) and losses["diffusion"] < 0.1

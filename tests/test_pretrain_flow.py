@@ -6,6 +6,7 @@ import subprocess
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 
 from ctrl import base as bases
 from ctrl import pretrain_flow
@@ -68,3 +69,5 @@ def test_the_script_makes_a_base_and_resumes(tmp_path):
     noise = noise_of([0], one.latent_shape, 3)
     images = [sample(process, base.denoiser(process, ["a coat"], 1.5), noise) for base in (one, other)]
     assert torch.equal(*images) and images[0].isfinite().all()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "whole", text_encoder_3=None, tokenizer_3=None)
+    assert pipe("a coat", num_inference_steps=2).images[0].size == (32, 32)

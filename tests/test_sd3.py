@@ -1,9 +1,12 @@
 """What is particular to a transformer: its blocks, its pipeline's scheduler, T5, and a merged copy of it."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from accelerate import cpu_offload_with_hook
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch._dynamo.utils import counters
 
 import ctrl
@@ -14,7 +17,9 @@ from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.export import export
 from ctrl.finetune.speed import compile_for_fixed_shapes, prepare
-from ctrl.io import read_json
+from ctrl.flow import FlowMatching
+from ctrl.io import load_tensors, read_json
+from ctrl.pipeline import overlap, with_labels
 from ctrl.sampling import noise_of, sample
 from tests import kinds
 from tests.test_speed import CONFIG, OFF, distance, updates
@@ -128,6 +133,56 @@ def test_an_adapter_without_t5_says_so(fresh, folder, tmp_path):
     assert described["base_files"] == {"t5": False}
     assert "trust_remote_code=True, text_encoder_3=None, tokenizer_3=None)" in (adapter / "README.md").read_text()
     assert "t5" not in loading(described, "folder")
-    assert np.abs(drawn(ctrl.load(folder, adapter, t5=False), label=[0, 2]) - ours).max() <= 1
+    assert np.abs(drawn(ctrl.load(folder, adapter), label=[0, 2]) - ours).max() <= 1, "it takes the right one by itself"
     with pytest.raises(UserError, match="made for its base without T5: load that with t5=False"):
-        ctrl.load(folder, adapter)
+        ctrl.load(folder, adapter, t5=True)
+    plain = with_labels(StableDiffusion3Pipeline.from_pretrained(folder), FlowMatching)
+    with pytest.raises(ValueError, match="without T5: load the base with text_encoder_3=None, tokenizer_3=None"):
+        plain.load_control(adapter)
+    merged = tmp_path / "merged"
+    export(adapter, merged, "me/coats", bases.load(folder, t5=False))
+    (code,) = re.findall(r"^pipe = (DiffusionPipeline.*)$", (merged / "README.md").read_text(), re.MULTILINE)
+    pipe = eval(code, {"DiffusionPipeline": DiffusionPipeline, "folder": merged}).load_control(merged)
+    assert np.abs(drawn(pipe, label=[0, 2]) - ours).max() <= TOLERANCE
+
+
+def test_an_adapter_with_t5_says_so(fresh, folder, tmp_path):
+    adapter, _ = written(fresh(), tmp_path / "adapter", folder)
+    with pytest.raises(UserError, match="made for its base with T5: load that with t5=True"):
+        ctrl.load(folder, adapter, t5=False)
+
+
+def test_weights_may_be_moved_to_and_fro(fresh, folder, tmp_path):
+    """As by `enable_model_cpu_offload`, before the control is loaded or afterwards."""
+    adapter, ours = written(fresh(), tmp_path / "adapter", folder)
+    for before in (True, False):
+        pipe = with_labels(StableDiffusion3Pipeline.from_pretrained(folder), FlowMatching)
+        if not before:
+            pipe.load_control(adapter)
+        pipe.enable_model_cpu_offload = lambda **where: None  # diffusers takes hooks off while it loads, and asks for a GPU to put them on
+        _, hook = cpu_offload_with_hook(pipe.transformer, "cpu")
+        if before:
+            pipe.load_control(adapter)
+        assert np.abs(drawn(pipe, label=[0, 2]) - ours).max() <= 1
+        hook.remove()
+        assert np.abs(drawn(pipe, label=[0, 2]) - ours).max() <= 1
+
+
+def test_noise_levels_of_ones_own_are_taken_and_warned_about(fresh, folder, tmp_path):
+    adapter, ours = written(fresh(), tmp_path / "adapter", folder)
+    pipe = ctrl.load(folder, adapter)
+    with pytest.warns(UserWarning, match="another law .*: sigmas are given"):
+        found = drawn(pipe, label=[0, 2], sigmas=[1.0, 0.7, 0.3])
+    assert np.abs(found - ours).max() > 1
+    with pytest.raises(ValueError, match="timesteps are given: of a flow give sigmas"):
+        drawn(pipe, label=[0, 2], timesteps=[1000, 500])
+
+
+def test_weights_that_cannot_be_compared_are_left_to_diffusers(fresh, folder, tmp_path):
+    """Quantised ones are packed, and not of the shape of the LoRA."""
+    adapter, _ = written(fresh(), tmp_path / "adapter", folder)
+    lora, transformer = load_tensors(adapter / "pytorch_lora_weights.safetensors"), bases.load(folder).network
+    assert overlap(transformer, lora)[1] > 0
+    layer = transformer.transformer_blocks[0].attn.to_q
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    assert overlap(transformer, lora) == (0.0, 0.0)

@@ -1,6 +1,8 @@
 """Supervised fine-tuning on labelled data, as for classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
 loss = Σ ‖eps_psi(x_t, t, y) − eps‖²,    x_t = sqrt(ᾱ_t) x_0 + sqrt(1 − ᾱ_t) eps,    t uniform
+
+Of a model of flow matching the error is that of the velocity (`Process.loss_weight`).
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,6 @@ def supervised(
     i, x_0 = steps[torch.randint(len(steps), (len(x_0),), generator=generator)][rows], x_0[rows]
     alpha, sd = process.scales(i, x_0)
     x_t = alpha * x_0 + sd * noise
-    loss = share * (psi(x_t, i) - noise).square().sum()
+    loss = share * (process.loss_weight(i, x_t) * (psi(x_t, i) - noise).square()).sum()
     loss.backward()
     return {"loss": loss.detach()}

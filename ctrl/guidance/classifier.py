@@ -21,6 +21,8 @@ def classifier_guidance(denoiser: Denoiser, process: Process, log_prob: Callable
     """
 
     def guided(x_t: Tensor, i: int) -> Tensor:
+        if process.pure_noise(i):
+            return denoiser(x_t, i)
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             (g,) = torch.autograd.grad(log_prob(x, i).sum(), x)

@@ -26,7 +26,7 @@ def reconstruction_guidance(
         raise ValueError(f"weighting is {weighting!r}; it is 'constant' or 'normalised'")
 
     def guided(x_t: Tensor, i: int) -> Tensor:
-        if process.stays(i):
+        if process.stays(i) or process.pure_noise(i):
             return denoiser(x_t, i)
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
