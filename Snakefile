@@ -11,6 +11,7 @@
 configfile: "config/config.yaml"
 
 
+include: "workflow/rules/ancient.smk"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/cluster.smk"
 include: "workflow/rules/base.smk"
