@@ -2,7 +2,11 @@
 
 import shutil
 
+import pytest
+
 from tests.repository import ROOT, snakemake
+
+pytestmark = pytest.mark.slow
 
 SNAKEFILE = """
 include: "ancient.smk"
