@@ -64,7 +64,7 @@ class MemorylessScheduler(FlowMatchEulerDiscreteScheduler):
         self.sigmas = torch.cat([levels, levels.new_zeros(1)])
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        """x at the next noise level from the velocity and `sample`, the x at this one."""
+        """(x_s at the next noise level,) from the velocity and `sample`, x_s at this one, all with shape (B, C, h, w)."""
         if self.step_index is None:
             self._init_step_index(timestep)
         s, to = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
@@ -84,6 +84,7 @@ class FlowMatching:
     PREFIX = "transformer"
 
     def load_control(self, folder):
+        """The same; ValueError where the adapter was made for the base with T5 and it is not there, or the other way round."""
         open_slot(self.transformer)
         without = json.loads((Path(folder) / "adapter.json").read_text()).get("base_files", {}).get("t5") is False
         if without != (self.text_encoder_3 is None):
@@ -92,6 +93,7 @@ class FlowMatching:
         return super().load_control(folder)
 
     def labelled_by(self, labels):
+        """No keyword: the slot takes them from the transformer."""
         self.transformer.class_labels = labels
         return {}
 
@@ -99,6 +101,7 @@ class FlowMatching:
         return MemorylessScheduler.from_config(self.scheduler.config)
 
     def sampler_settings(self, given):
+        """The same, with the adapter's noise levels as `sigmas`; diffusers would tell the scheduler neither eta nor the generators."""
         settings = super().sampler_settings(given)
         self.scheduler.eta, self.scheduler.generator = settings.pop("eta"), settings.get("generator")
         if given.get("sigmas") is not None:

@@ -103,7 +103,9 @@ def new_control(base: Base, process: Process, space: Factors | Continuous, confi
     """An untrained control on `base` by the config's finetune section; it acts at no step without noise, where there is no density."""
     settings = config["finetune"]
     if (lowest := process.lowest_noisy_timestep) == math.inf:
-        raise UserError(f"sampler.num_steps is {process.num_steps}: no step adds noise, and no label could act; take more")
+        raise UserError(
+            f"sampler: none of the {process.num_steps} steps adds noise at eta {process.eta:g}, and no label could act: raise num_steps"
+        )
     min_timestep = max(settings["min_timestep"], lowest)
     control = Control(base, space, settings["lora"]["rank"], settings["lora"]["target_modules"], config["seed"], min_timestep)
     prepare(control, settings)

@@ -47,6 +47,16 @@ def few_threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: set_num_threads(min(number, THREADS)))
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the hub's, which may not be asked."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
     """A diffusers folder: 16x16 pixels, latents 4x8x8, two garments."""

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlparse
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, NAME = "0123456789abcdef0123456789abcdef01234567", "owner/tiny-sd"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -61,3 +62,18 @@ def serving(models: dict[str, Path]):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def put(folder, cache, commit=COMMIT, name=NAME):
+    """A folder in the cache, laid out as the hub's library does: links to blobs, by commit, and what `main` is."""
+    model = cache / f"models--{name.replace('/', '--')}"
+    (model / "blobs").mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        link = model / "snapshots" / commit / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = model / "blobs" / f"{commit[:8]}{number:03}"
+        shutil.copy(file, blob)
+        link.symlink_to(blob)
+    (model / "refs").mkdir(exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+    return model

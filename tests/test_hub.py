@@ -1,23 +1,15 @@
 """Adapters by their name on the hub: fetched without their code, checked as a folder is, or one line."""
 
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import errors
 
 import ctrl
 from ctrl import hub
 from ctrl.adapter import loading
 from ctrl.errors import UserError
 from ctrl.io import read_json
+from tests.hub import COMMIT
 from tests.strangers import copy_of, edit_json, one_line
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
 
 
 def put(folder, cache, name: str, left_out: str = "*.py") -> None:

@@ -62,6 +62,24 @@ def first_images(folder, num):
     return folder
 
 
+def run_and_resume(folder: Path, stage: str) -> None:
+    """The script with the config and images in `folder`: to its end, as `whole`; and killed at the checkpoint of `stage`, as `killed`."""
+
+    def start(name: str) -> subprocess.Popen:
+        words = ["--config", folder / "config.yaml", "--images", folder / "images", "--split", "t10k"]
+        words += ["--output", folder / name, "--checkpoints", folder / f"{name}-checkpoints"]
+        words = warm_python.command("scripts/pretrain.py", *map(str, words))
+        return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    assert start("whole").wait() == 0
+    killed = start("killed")
+    while not (folder / "killed-checkpoints" / f"{stage}.safetensors").exists():
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    assert start("killed").wait() == 0
+
+
 @pytest.mark.slow
 def test_script_makes_a_loadable_folder_and_resumes(tmp_path):
     """Killed between two stages and started again, the script writes the same weights as an undisturbed run."""
@@ -72,23 +90,10 @@ def test_script_makes_a_loadable_folder_and_resumes(tmp_path):
     for stage in ("vae", "decoder", "unet", "guidance"):
         config[stage] |= FEW
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    images = first_images(tmp_path / "images", 500)
-
-    def start(name):
-        words = ["--config", tmp_path / "config.yaml", "--images", images, "--split", "t10k"]
-        words += ["--output", tmp_path / name, "--checkpoints", tmp_path / f"{name}-checkpoints"]
-        words = warm_python.command("scripts/pretrain.py", *map(str, words))
-        return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
-
-    assert start("whole").wait() == 0
-    killed = start("cut")
-    while not (tmp_path / "cut-checkpoints" / "decoder.safetensors").exists():
-        assert killed.poll() is None
-    killed.kill()
-    killed.wait()
-    assert start("cut").wait() == 0
+    first_images(tmp_path / "images", 500)
+    run_and_resume(tmp_path, "decoder")
     for part in ("vae", "unet"):
-        one, other = (load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors") for name in ("whole", "cut"))
+        one, other = (load_file(tmp_path / name / part / "diffusion_pytorch_model.safetensors") for name in ("whole", "killed"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", safety_checker=None)

@@ -1,8 +1,5 @@
 """The embedded base turned into a Stable Diffusion 3 in miniature: its text, and a script that goes on where it was killed."""
 
-import os
-import subprocess
-
 import pytest
 import torch
 import yaml
@@ -11,9 +8,8 @@ from diffusers import DiffusionPipeline
 from ctrl import base as bases
 from ctrl import pretrain_flow
 from ctrl.sampling import noise_of, sample
-from tests import warm_python
 from tests.repository import ROOT
-from tests.test_pretrain import first_images
+from tests.test_pretrain import first_images, run_and_resume
 
 SMALL = {"transformer": {"width": 32, "layers": 1, "heads": 2, "patch": 4}, "scheduler": {"shift": 1.0}}
 FEW = {"num_steps": 4, "batch_size": 4, "checkpoint_every": 2}
@@ -49,21 +45,8 @@ def test_the_script_makes_a_base_and_resumes(tmp_path):
     for stage in config["stages"].values():
         stage |= FEW
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    images = first_images(tmp_path / "images", 200)
-
-    def start(name: str) -> subprocess.Popen:
-        words = ["--config", tmp_path / "config.yaml", "--images", images, "--split", "t10k"]
-        words += ["--output", tmp_path / name, "--checkpoints", tmp_path / f"{name}-checkpoints"]
-        command = warm_python.command("scripts/pretrain.py", *map(str, words))
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-
-    assert start("whole").wait() == 0
-    killed = start("killed")
-    while not (tmp_path / "killed-checkpoints" / "first.safetensors").exists():
-        assert killed.poll() is None
-    killed.kill()
-    killed.wait()
-    assert start("killed").wait() == 0
+    first_images(tmp_path / "images", 200)
+    run_and_resume(tmp_path, "first")
     one, other = (bases.load(tmp_path / name, t5=False) for name in ("whole", "killed"))
     process = one.process(3, spacing="quadratic")
     noise = noise_of([0], one.latent_shape, 3)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from torch._dynamo.utils import counters
 
 import ctrl
 from ctrl import base as bases
@@ -16,13 +15,13 @@ from ctrl.adapter import TOLERANCE, loading, write_adapter
 from ctrl.control import Control
 from ctrl.errors import UserError
 from ctrl.export import export
-from ctrl.finetune.speed import compile_for_fixed_shapes, prepare
+from ctrl.finetune.speed import prepare
 from ctrl.flow import FlowMatching
 from ctrl.io import load_tensors, read_json
 from ctrl.pipeline import overlap, with_labels
 from ctrl.sampling import noise_of, sample
 from tests import kinds
-from tests.test_speed import CONFIG, OFF, distance, updates
+from tests.test_speed import CONFIG, OFF, check_compiled_once, distance, updates
 from tests.trained import TRAINED
 
 PROMPTS, LAYERS = ["coat", "a bag"], ["to_q", "to_v"]
@@ -87,16 +86,7 @@ def test_blocks_are_computed_again_as_they_were(fresh, settings):
 @pytest.mark.slow
 def test_nothing_is_compiled_twice(fresh):
     """The slot's hook is a part of the graphs."""
-    control, plain = fresh(), fresh()
-    compile_for_fixed_shapes(control.base.network, backend="aot_eager")
-    settings, compiled, found = {"control_variate": True, "batch_size": 2}, [], {}
-    counters.clear()
-    for _ in range(2):
-        found, reference = (updates(each, number=1, settings=settings) for each in (control, plain))
-        compiled.append(counters["stats"]["unique_graphs"])
-    assert 0 < compiled[0] == compiled[1]
-    assert not counters["graph_break"]
-    assert distance(found, reference) < 1e-4
+    check_compiled_once(fresh(), fresh())
 
 
 def test_the_pipeline_draws_the_trainers_images_at_any_spacing(fresh, folder, tmp_path):

@@ -194,10 +194,13 @@ def test_a_wrong_key_or_value_is_one_line(key):
 
 @pytest.mark.slow
 def test_nothing_is_compiled_twice(fresh):
+    check_compiled_once(fresh(), fresh())
+
+
+def check_compiled_once(control, plain) -> None:
     """Psi, pre and psi with its parameters held, with guidance; the second update of each kind finds all its graphs."""
     from torch._dynamo.utils import counters
 
-    control, plain = fresh(), fresh()
     compile_for_fixed_shapes(control.base.network, backend="aot_eager")
     settings, compiled, found = {"control_variate": True, "batch_size": 2}, [], {}
     counters.clear()
